@@ -1,0 +1,1 @@
+"""Kernel families; one family is one folder with a plain-torch reference and one typed door per op."""

@@ -1,0 +1,1 @@
+"""Everything that moves requests: configuration, scheduling, workers, front ends."""

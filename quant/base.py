@@ -1,0 +1,147 @@
+"""The contract of a quantization method: shapes in, named tensors described, a stateless `apply`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One checkpoint matrix inside a fused layer: its name beside the layer's siblings and its output size."""
+
+    name: str
+    size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerShape:
+    """A linear layer y = x W^T + b as the model declares it: W is [sum of part sizes, in_features].
+
+    The parts are the model's own declaration of what is fused; nothing else in the project knows that q, k and v
+    are one matrix.
+    """
+
+    in_features: int
+    parts: tuple[Part, ...]
+    bias: bool = False
+
+    @property
+    def out_features(self) -> int:
+        return sum(p.size for p in self.parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightSpec:
+    """One stored tensor of a layer.
+
+    Attributes:
+        shape, dtype: of the whole fused tensor in memory.
+        out_dim: dimension along which the parts of a fused layer are stacked; None when all parts share the tensor.
+        out_per: output features that one element along `out_dim` stands for (packing, groups).
+        sources: dtypes a checkpoint may store it in; empty means exactly `dtype`.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    out_dim: int | None = 0
+    out_per: int = 1
+    sources: tuple[torch.dtype, ...] = ()
+
+
+FLOAT_SOURCES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Slot:
+    """A place in memory that one checkpoint tensor fills: the unit of the loader's ledger.
+
+    Attributes:
+        name: the tensor's full name in the checkpoint.
+        target: view to copy into; its shape is the shape the checkpoint must have.
+        sources: dtypes accepted from the checkpoint; values are converted to the target's.
+        optional: may be absent; `target` then keeps the value its owner declared as default.
+        alias: `target` belongs to another slot (tied weights): if the file stores this name too, it must hold equal
+            values. Implies optional.
+    """
+
+    name: str
+    target: Tensor
+    sources: tuple[torch.dtype, ...] = FLOAT_SOURCES
+    optional: bool = False
+    alias: bool = False
+
+
+def part_slots(prefix: str, shape: LayerShape, specs: Mapping[str, WeightSpec], weights: Weights) -> Iterator[Slot]:
+    """The slots of a linear layer whose parts live beside each other under `prefix`.
+
+    `prefix` "model.layers.0.self_attn" and part "q_proj" give "model.layers.0.self_attn.q_proj.weight", a view of
+    the rows of the fused tensor that belong to q.
+    """
+    for name, spec in specs.items():
+        start = 0
+        for part in shape.parts:
+            target = weights[name]
+            if spec.out_dim is not None:
+                rows = part.size // spec.out_per
+                target = target.narrow(spec.out_dim, start, rows)
+                start += rows
+            full = f"{prefix}.{part.name}.{name}" if prefix else f"{part.name}.{name}"
+            yield Slot(name=full, target=target, sources=spec.sources or (spec.dtype,))
+
+
+class LinearMethod(ABC):
+    """How one linear layer is stored and multiplied. Stateless: tensors live in the layer, settings in the object."""
+
+    @abstractmethod
+    def specs(self, shape: LayerShape, dtype: torch.dtype) -> dict[str, WeightSpec]:
+        """The tensors the layer keeps, by the last part of their checkpoint name."""
+
+    @abstractmethod
+    def apply(self, weights: Weights, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., in_features] -> [..., out_features] in x's dtype."""
+
+    @abstractmethod
+    def dequant(self, weights: Weights) -> Tensor:
+        """The matrix the weights stand for, [out_features, in_features], in floating point: the reference."""
+
+    def after_load(self, weights: Weights) -> Weights:
+        """Repack once when every tensor is in place; returns what `apply` will be given."""
+        return weights
+
+
+class QuantizationConfig(ABC):
+    """A checkpoint's quantization, read once; says how each layer is stored."""
+
+    @classmethod
+    @abstractmethod
+    def from_checkpoint(cls, config: Mapping[str, Any]) -> QuantizationConfig:
+        """Read `quantization_config` of config.json. Raises CheckpointError on what it does not implement."""
+
+    @abstractmethod
+    def method_for(self, layer_name: str, shape: LayerShape) -> LinearMethod | None:
+        """The method of one layer, or None when the checkpoint leaves it unquantized."""
+
+
+@dataclass(frozen=True)
+class Unquantized(LinearMethod):
+    """Plain weights: one floating point matrix `weight` [out_features, in_features]."""
+
+    sources: tuple[torch.dtype, ...] = field(default=FLOAT_SOURCES)
+
+    def specs(self, shape: LayerShape, dtype: torch.dtype) -> dict[str, WeightSpec]:
+        out = shape.out_features
+        return {"weight": WeightSpec(shape=(out, shape.in_features), dtype=dtype, sources=self.sources)}
+
+    def apply(self, weights: Weights, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return torch.nn.functional.linear(x, weights["weight"], bias)
+
+    def dequant(self, weights: Weights) -> Tensor:
+        return weights["weight"]

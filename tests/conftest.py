@@ -1,0 +1,111 @@
+"""Shared fixtures: tiny random checkpoints written by transformers, and the quantizers' fixtures where they are at hand."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+for name in [n for n in os.environ if n.startswith("NYBBLE_")]:
+    del os.environ[name]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def shared_fixtures() -> Path:
+    """Checkpoints written by real quantizers; not part of the repository."""
+    folder = Path(os.environ.get("TEST_FIXTURES", Path(__file__).parents[2] / "shared" / "fixtures"))
+    if not folder.is_dir():
+        pytest.skip(f"no fixtures at {folder}")
+    return folder
+
+
+TINY = dict(vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=256, bos_token_id=0, eos_token_id=1, pad_token_id=2)
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(tmp_path_factory: pytest.TempPathFactory):
+    """make_checkpoint("Llama", **config) -> folder of a random float32 model that transformers wrote, with a tokenizer.
+
+    The weights are scaled up from transformers' tiny initialisation so that argmax has clear winners.
+    """
+    import torch
+    import transformers
+
+    from nybble.engine.demo import SPECIALS, _write_tokenizer
+
+    made: dict[str, Path] = {}
+
+    def make(arch: str, *, seed: int = 0, shard: str | None = None, **settings: Any) -> Path:
+        key = json.dumps([arch, seed, shard, settings], sort_keys=True)
+        if key in made:
+            return made[key]
+        torch.manual_seed(seed)
+        config = getattr(transformers, f"{arch}Config")(**{**TINY, **settings})
+        model = getattr(transformers, f"{arch}ForCausalLM")(config).float().eval()
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if weight.dim() == 2:
+                    weight.normal_(0, (4.0 if "lm_head" in name else 1.0) / weight.shape[-1] ** 0.5)
+                elif name.endswith("bias"):
+                    weight.normal_(0, 0.5)
+                else:
+                    weight.uniform_(0.5, 1.5)
+        folder = tmp_path_factory.mktemp(arch.lower())
+        model.save_pretrained(folder, **({"max_shard_size": shard} if shard else {}))
+        _write_tokenizer(folder)
+        assert len(SPECIALS) + 256 <= config.vocab_size
+        made[key] = folder
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def llama(make_checkpoint) -> Path:
+    """The tiny random Llama most engine tests run."""
+    return make_checkpoint("Llama")
+
+
+@pytest.fixture(scope="session")
+def transformers_greedy():
+    """transformers_greedy(folder, prompts, n) -> what transformers' own greedy generate gives, one prompt at a time."""
+    import torch
+    import transformers
+
+    models: dict[Path, Any] = {}
+
+    def generate(folder: Path, prompts: list[list[int]], n: int) -> list[list[int]]:
+        if folder not in models:
+            models[folder] = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+            models[folder].generation_config.eos_token_id = None
+        outputs = []
+        for prompt in prompts:
+            ids = torch.tensor([prompt])
+            with torch.inference_mode():
+                out = models[folder].generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n,
+                                              do_sample=False)
+            outputs.append(out[0, len(prompt):].tolist())
+        return outputs
+
+    return generate
