@@ -1,0 +1,41 @@
+"""The parts nybble brings itself, as strings: a plugin like any other, loaded through the same door."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .hookspecs import Table, hookimpl
+
+NYBBLE_API = (1, 0)
+
+
+@hookimpl
+def nybble_models() -> Table:
+    return {
+        "LlamaForCausalLM": "nybble.models.llama:LlamaForCausalLM",
+        "MistralForCausalLM": "nybble.models.llama:LlamaForCausalLM",
+        "Qwen2ForCausalLM": "nybble.models.qwen2:Qwen2ForCausalLM",
+    }
+
+
+@hookimpl
+def nybble_attention_backends() -> Table:
+    return {"torch": "nybble.engine.attention.torch_paged:TorchPagedBackend"}
+
+
+@hookimpl
+def nybble_executors() -> Table:
+    return {"uniproc": "nybble.engine.executor.uniproc:UniProcExecutor"}
+
+
+@hookimpl
+def nybble_loaders() -> Table:
+    return {
+        "safetensors": "nybble.engine.loader.safetensors_loader:SafetensorsLoader",
+        "dummy": "nybble.engine.loader.dummy_loader:DummyLoader",
+    }
+
+
+@hookimpl
+def nybble_cli(commands: Any) -> None:
+    commands.add("bench", "measure kernels, latency, throughput and serving", "nybble.bench.cli:main")
