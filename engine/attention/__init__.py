@@ -1,0 +1,1 @@
+"""Attention backends: how q, k, v meet the paged cache."""

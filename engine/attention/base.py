@@ -1,0 +1,67 @@
+"""The attention backend protocol: what one allocates, prepares once a step, and runs in every layer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...models import Attention, AttentionRun
+from ..plan import KVCacheLayout
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionProblem:
+    """What a backend must be able to run; `supports` answers with a reason when it cannot."""
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+    num_heads: int
+    num_kv_heads: int
+    sliding_window: int | None
+    block_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepShape:
+    """One step's geometry, request by request in batch order (R requests, T tokens).
+
+    Attributes:
+        query_lens [R], seq_lens [R]: tokens computed now, and tokens in the cache after them (host int32).
+        block_table: [R, max_blocks] on the device, rows valid up to ceil(seq_len / block_size).
+        host_block_table: the same on the host.
+        slots: [T] int64 on the device: where each new token's K and V go, block * block_size + offset.
+    """
+
+    query_lens: np.ndarray
+    seq_lens: np.ndarray
+    block_table: Tensor
+    host_block_table: np.ndarray
+    slots: Tensor
+
+
+class AttentionBackend(ABC):
+    """One way to run attention over the paged cache. A plugin of kind "attention_backend"."""
+
+    name: ClassVar[str]
+    priority: ClassVar[int] = 0
+
+    @classmethod
+    @abstractmethod
+    def supports(cls, problem: AttentionProblem) -> str | None:
+        """None when it can run `problem`, else the reason why not."""
+
+    @abstractmethod
+    def __init__(self, layers: Sequence[Attention], layout: KVCacheLayout, *, dtype: torch.dtype,
+                 device: torch.device) -> None:
+        """Allocate the cache of every layer. Its content is unspecified: only written slots are ever read."""
+
+    @abstractmethod
+    def prepare(self, step: StepShape) -> AttentionRun:
+        """Whatever all layers of a step share."""

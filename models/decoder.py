@@ -1,0 +1,55 @@
+"""The pre-norm decoder that Llama and its relatives share: attention, feed-forward, residual stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from ..quant import Linear
+from .attention import Attention
+from .base import Batch, CausalLM
+from .layers import Embedding, RMSNorm
+from .rope import Rotary
+
+
+class SelfAttention(nn.Module):
+    """Fused q, k, v projection, attention, output projection."""
+
+    def __init__(self, qkv: Linear, attn: Attention, out: Linear) -> None:
+        super().__init__()
+        self.qkv, self.attn, self.out = qkv, attn, out
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
+        return self.out(self.attn(self.qkv(x), rope, batch))
+
+
+class DecoderLayer(nn.Module):
+    """x + attn(norm(x)), then x + mlp(norm(x)); the sums are carried as `residual` and added by the next norm."""
+
+    def __init__(self, input_norm: RMSNorm, attn: SelfAttention, post_norm: RMSNorm, mlp: nn.Module) -> None:
+        super().__init__()
+        self.input_norm, self.attn, self.post_norm, self.mlp = input_norm, attn, post_norm, mlp
+
+    def forward(self, x: Tensor, residual: Tensor | None, rope: tuple[Tensor, Tensor],
+                batch: Batch) -> tuple[Tensor, Tensor]:
+        x, residual = self.input_norm(x, residual)
+        x, residual = self.post_norm(self.attn(x, rope, batch), residual)
+        return self.mlp(x), residual
+
+
+class DecoderLM(CausalLM):
+    """Embedding, layers, final norm and head; a model file builds the parts."""
+
+    def __init__(self, *, embed: Embedding, rotary: Rotary, layers: Iterable[DecoderLayer], norm: RMSNorm,
+                 head: nn.Module) -> None:
+        super().__init__()
+        self.embed, self.rotary, self.norm, self.head = embed, rotary, norm, head
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, batch: Batch) -> Tensor:
+        x, residual = self.embed(batch.ids), None
+        rope = self.rotary(batch.positions)
+        for layer in self.layers:
+            x, residual = layer(x, residual, rope, batch)
+        return self.norm(x, residual)[0]

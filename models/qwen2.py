@@ -1,0 +1,76 @@
+"""Qwen2ForCausalLM: Llama's shape with biases on q, k and v, and a window on the upper layers when switched on."""
+
+from __future__ import annotations
+
+from .attention import Attention
+from .decoder import DecoderLayer, DecoderLM, SelfAttention
+from .fields import Fields
+from .layers import GatedMLP, TiedHead
+from .make import Make
+from .rope import RopeConfig
+
+
+class Qwen2Config:
+    """The fields of config.json that Qwen2 implements, with transformers' defaults where it has them."""
+
+    def __init__(self, f: Fields) -> None:
+        f.expect("hidden_act", "silu")
+        self.vocab = f.integer("vocab_size")
+        self.hidden = f.integer("hidden_size")
+        self.intermediate = f.integer("intermediate_size")
+        self.layers = f.integer("num_hidden_layers")
+        self.heads = f.integer("num_attention_heads")
+        self.kv_heads = f.integer("num_key_value_heads", self.heads)
+        self.head_dim = f.integer("head_dim", self.hidden // self.heads)
+        self.eps = f.number("rms_norm_eps")
+        self.tied = f.flag("tie_word_embeddings", False)
+        self.windows = layer_windows(f, self.layers)
+        self.rope = RopeConfig.read(f)
+        f.finish()
+
+
+def layer_windows(f: Fields, layers: int) -> list[int | None]:
+    """Each layer's window: by `layer_types`, else from `max_window_layers` on, and only with `use_sliding_window`."""
+    on = f.flag("use_sliding_window", False)
+    window, first = f.integer("sliding_window", 4096), f.integer("max_window_layers", 28, zero=True)
+    if not on:
+        f.expect("layer_types", ["full_attention"] * layers)
+        return [None] * layers
+    kinds = f.layer_types(layers)
+    if kinds is None:
+        return [window if i >= first else None for i in range(layers)]
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+class Qwen2ForCausalLM(DecoderLM):
+    ignored_tensors = {r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq": "recomputed from the rope settings"}
+
+    def __init__(self, fields: Fields, make: Make) -> None:
+        c, body = Qwen2Config(fields), make.at("model")
+        embed = body.embedding("embed_tokens", c.vocab, c.hidden)
+        super().__init__(
+            embed=embed,
+            rotary=make.rotary(c.rope, c.head_dim),
+            layers=[qwen2_layer(i, c, body.at(f"layers.{i}")) for i in range(c.layers)],
+            norm=body.norm("norm", c.hidden, c.eps),
+            head=TiedHead("lm_head", embed) if c.tied else make.linear("lm_head", c.hidden, c.vocab),
+        )
+
+
+def qwen2_layer(index: int, c: Qwen2Config, make: Make) -> DecoderLayer:
+    attn, mlp = make.at("self_attn"), make.at("mlp")
+    q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    return DecoderLayer(
+        input_norm=make.norm("input_layernorm", c.hidden, c.eps),
+        attn=SelfAttention(
+            attn.fused([("q_proj", q), ("k_proj", kv), ("v_proj", kv)], c.hidden, bias=True),
+            Attention(index, num_heads=c.heads, num_kv_heads=c.kv_heads, head_dim=c.head_dim,
+                      sliding_window=c.windows[index]),
+            attn.linear("o_proj", q, c.hidden),
+        ),
+        post_norm=make.norm("post_attention_layernorm", c.hidden, c.eps),
+        mlp=GatedMLP(
+            mlp.fused([("gate_proj", c.intermediate), ("up_proj", c.intermediate)], c.hidden),
+            mlp.linear("down_proj", c.intermediate, c.hidden),
+        ),
+    )
