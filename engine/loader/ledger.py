@@ -1,0 +1,98 @@
+"""The strict ledger: before a byte is read, every slot has a tensor or an excuse, and every tensor a use."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ...plugins.errors import nearest
+from ...quant.base import Slot
+from .header import DTYPES, TensorInfo
+from .problems import Problem, name_files, refuse, template
+from .scan import Checkpoint
+
+MAX_CANDIDATES = 200
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, dtype.torch_name) for name, dtype in DTYPES.items() if dtype.torch_name
+}
+STORED_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uses:
+    """What becomes of every name; `tied` are the derived ones that are stored and must prove equal."""
+
+    loaded: tuple[str, ...]
+    derived: tuple[str, ...]
+    defaulted: tuple[str, ...]
+    ignored: tuple[str, ...]
+    tied: tuple[str, ...]
+
+
+class Ledger:
+    """The slots of a model by name, to be matched with what a checkpoint stores.
+
+    Args:
+        slots: all of a model's slots.
+        ignored: regular expression over whole names -> reason (`LoadableModel.ignored_tensors`).
+    """
+
+    def __init__(self, slots: Iterable[Slot], ignored: Mapping[str, str]) -> None:
+        self.slots: dict[str, Slot] = {}
+        for slot in slots:
+            assert slot.name not in self.slots, f"two slots are named {slot.name}"
+            self.slots[slot.name] = slot
+        self._ignored = [re.compile(pattern) for pattern in ignored]
+
+    def match(self, checkpoint: Checkpoint) -> Uses:
+        """Decide the use of every slot and of every stored tensor.
+
+        Raises CheckpointError listing all that is missing, unknown, of a wrong shape or of a wrong dtype.
+        """
+        stored, slots = checkpoint.tensors, self.slots.values()
+        absent = [slot for slot in slots if slot.name not in stored]
+        missing = [slot for slot in absent if not (slot.optional or slot.alias)]
+        extra = [name for name in stored if name not in self.slots]
+        unknown = [name for name in extra if not any(rule.fullmatch(name) for rule in self._ignored)]
+        problems = [
+            *_missing(missing, unknown, checkpoint),
+            *_misfits((slot, stored[slot.name]) for slot in slots if slot.name in stored),
+            *(Problem(stored[name].file, name, "no such tensor", str(stored[name])) for name in unknown),
+        ]
+        if problems:
+            raise refuse(f"the weights of {checkpoint.folder} do not fit the model", problems,
+                         fix="check that config.json and the weight files belong together")
+        return Uses(
+            loaded=tuple(slot.name for slot in slots if slot.name in stored and not slot.alias),
+            derived=tuple(slot.name for slot in slots if slot.alias),
+            defaulted=tuple(slot.name for slot in absent if not slot.alias),
+            ignored=tuple(extra),
+            tied=tuple(slot.name for slot in slots if slot.name in stored and slot.alias),
+        )
+
+
+def _missing(missing: Sequence[Slot], unknown: Sequence[str], checkpoint: Checkpoint) -> Iterator[Problem]:
+    """Slots without a tensor, each kind with the likeliest misspelling among the tensors without a slot."""
+    spare = list(dict.fromkeys(map(template, unknown)))[:MAX_CANDIDATES]
+    kinds = list(dict.fromkeys(template(slot.name) for slot in missing))[:MAX_CANDIDATES]
+    hints = {kind: nearest(kind, spare) for kind in kinds}
+    where = name_files(file.name for file in checkpoint.files)
+    for slot in missing:
+        hint = hints.get(template(slot.name))
+        found = f"nothing in {where}" + (f" (but {hint} is there, and unknown)" if hint else "")
+        yield Problem(None, slot.name, f"{_dtypes(slot)} {list(slot.target.shape)}", found)
+
+
+def _misfits(pairs: Iterable[tuple[Slot, TensorInfo]]) -> Iterator[Problem]:
+    """Tensors of another shape or type than their slots."""
+    for slot, info in pairs:
+        if info.shape != tuple(slot.target.shape) or TORCH_DTYPES.get(info.dtype) not in slot.sources:
+            yield Problem(info.file, slot.name, f"{_dtypes(slot)} {list(slot.target.shape)}", str(info))
+
+
+def _dtypes(slot: Slot) -> str:
+    return " or ".join(STORED_NAMES.get(dtype, str(dtype)) for dtype in slot.sources)
