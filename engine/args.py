@@ -88,8 +88,11 @@ class EngineArgs:
     block_size: int = setting(
         16, "tokens in one KV-cache block, a power of two", group="cache", low=1, high=256
     )
-    gpu_memory_utilization: float = setting(
-        0.9, "share of device memory the engine may use", group="cache", above=0, high=1
+    gpu_memory_utilization: float | None = setting(
+        None,
+        "share of the device's memory the engine may use (default: 0.9 on CUDA); on CPU, share of the memory now free "
+        "that the KV cache may grow to (default: 0.5)",
+        group="cache", above=0, high=1,
     )
     kv_cache_memory_bytes: int | None = setting(
         None, "KV-cache bytes, instead of measuring (4G, 512M, ...)", group="cache", low=1

@@ -73,6 +73,7 @@ def _why(name: str, config: EngineConfig) -> str:
         "model": "generated demo checkpoint",
         "served_model_name": "demo checkpoint" if config.model.is_demo else "folder name",
         "tokenizer": "the model's folder",
+        "gpu_memory_utilization": f"default on {device.partition(':')[0]}",
         "max_num_seqs": "lowered to max_num_batched_tokens",
         "max_num_batched_tokens": f"derived: {device}, max_num_seqs{prefill}",
     }.get(name, PLUGIN)

@@ -148,7 +148,7 @@ def build_engine_config(args: EngineArgs, host: PluginHost | None = None) -> Eng
         model=model,
         cache=CacheConfig(
             block_size=args.block_size,
-            gpu_memory_utilization=args.gpu_memory_utilization,
+            gpu_memory_utilization=args.gpu_memory_utilization or (0.5 if device == "cpu" else 0.9),
             kv_cache_memory_bytes=args.kv_cache_memory_bytes,
             num_gpu_blocks=args.num_gpu_blocks_override,
             enable_prefix_caching=args.enable_prefix_caching,
@@ -192,7 +192,7 @@ def _checked(values: Mapping[str, Any]) -> EngineArgs:
     if args.trust_remote_code:
         raise UsageError(
             "trust_remote_code is not supported: a checkpoint is data, and may not bring code that runs",
-            fix="install the architecture as a plugin: nybble plugins new --help",
+            fix="install the architecture as a plugin: see docs/plugins.md",
         )
     if args.tensor_parallel_size != 1:
         raise UsageError(

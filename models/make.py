@@ -1,4 +1,4 @@
-"""Make: builds a model's layers with this run's dtype, device and quantization, so that a model file names none of them."""
+"""Make: builds a model's layers with this run's dtype, device and quantization, which a model file never names."""
 
 from __future__ import annotations
 

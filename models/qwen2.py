@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from .attention import Attention
 from .decoder import DecoderLayer, DecoderLM, SelfAttention
 from .fields import Fields
 from .layers import GatedMLP, TiedHead
 from .make import Make
-from .rope import RopeConfig
+from .rope import ROTARY_TABLES, RopeConfig
 
 
 class Qwen2Config:
@@ -43,7 +46,7 @@ def layer_windows(f: Fields, layers: int) -> list[int | None]:
 
 
 class Qwen2ForCausalLM(DecoderLM):
-    ignored_tensors = {r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq": "recomputed from the rope settings"}
+    ignored_tensors: ClassVar[Mapping[str, str]] = ROTARY_TABLES
 
     def __init__(self, fields: Fields, make: Make) -> None:
         c, body = Qwen2Config(fields), make.at("model")

@@ -12,6 +12,8 @@ from torch import Tensor
 from ..plugins.errors import CheckpointError
 from .fields import Fields
 
+# Old checkpoints store these tables: tensor name pattern -> why it is not read.
+ROTARY_TABLES = {r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq": "recomputed from the rope settings"}
 TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 _KEYS = {
     "default": set[str](),

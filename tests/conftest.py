@@ -1,4 +1,4 @@
-"""Shared fixtures: tiny random checkpoints written by transformers, and the quantizers' fixtures where they are at hand."""
+"""Shared fixtures: tiny random checkpoints that transformers writes, and real quantizers' ones where at hand."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None
     keys, values = k.transpose(0, 1)[None], v.transpose(0, 1)[None]
     if q.shape[0] == 1:
         grouped = q.view(1, kv_heads, heads // kv_heads, q.shape[2])
-        return scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale).view(q.shape)
+        return scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale).reshape(q.shape)
     out = scaled_dot_product_attention(q.transpose(0, 1)[None], keys, values, attn_mask=mask, is_causal=causal,
                                        scale=scale, enable_gqa=heads != kv_heads)
     return out[0].transpose(0, 1)

@@ -70,7 +70,7 @@ def test_against_oracle(name, cuts, shared_fixtures, forward_logits):
 
 
 def test_dynamic_rope_beyond_training_is_transformers_token_by_token(make_checkpoint, forward_logits):
-    """Past the trained length transformers' result depends on how tokens were fed; one at a time is ours in any chunks."""
+    """Past the trained length transformers depends on how tokens are fed; one at a time, it is ours in any chunks."""
     folder = make_checkpoint("Llama", max_position_embeddings=64, **rope("dynamic", factor=4.0))
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     with torch.inference_mode():

@@ -15,7 +15,8 @@ def slow(q, k, v, scale, window):
     for i in range(len(q)):
         first = 0 if window is None else max(0, offset + i - window + 1)
         for h in range(q.shape[1]):
-            keys, values = k[first : offset + i + 1, h // group].double(), v[first : offset + i + 1, h // group].double()
+            seen = slice(first, offset + i + 1), h // group
+            keys, values = k[seen].double(), v[seen].double()
             out[i, h] = torch.softmax(keys @ q[i, h].double() * scale, 0) @ values
     return out
 

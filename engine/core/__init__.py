@@ -1,0 +1,1 @@
+"""EngineCore, its process, and the clients that front ends talk to it through."""

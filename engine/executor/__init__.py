@@ -1,0 +1,1 @@
+"""Executors: how a plan reaches every worker and one result comes back."""

@@ -1,0 +1,58 @@
+"""The executor protocol, and how a cache pool is sized from what the workers report."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from ...plugins.errors import OutOfMemoryError
+from ...plugins.log import get_logger
+from ...plugins.manager import PluginHost
+from ..config import EngineConfig
+from ..loader.base import LoadReport
+from ..plan import KVCacheGroup, KVCacheLayout, Plan, Result
+
+log = get_logger(__name__)
+
+
+class Executor(ABC):
+    """Runs plans on one or many workers. A plugin of kind "executor"."""
+
+    @abstractmethod
+    def __init__(self, config: EngineConfig, host: PluginHost) -> None:
+        """Load the model on every worker, agree on a cache layout, allocate, warm up: ready when it returns."""
+
+    layout: KVCacheLayout
+    load_report: LoadReport
+
+    @abstractmethod
+    def execute_model(self, plan: Plan) -> Result:
+        """Run one step on every worker."""
+
+    @abstractmethod
+    def shutdown(self) -> None:
+        """Release every worker."""
+
+
+def plan_layout(config: EngineConfig, groups: list[KVCacheGroup], available_bytes: int) -> KVCacheLayout:
+    """The pool that fits: the smallest of the workers' memory must be passed in.
+
+    Never larger than `max_num_seqs` requests of full length could fill. Raises OutOfMemoryError when not even one
+    block and the null block fit, with the sum.
+    """
+    cache, scheduler = config.cache, config.scheduler
+    block_size = cache.block_size
+    per_block = sum(group.spec.bytes_per_block(block_size) * len(group.layers) for group in groups)
+    useful = 1 + scheduler.max_num_seqs * -(-config.model.max_model_len // block_size)
+    blocks = cache.num_gpu_blocks or min(available_bytes // per_block, useful)
+    if blocks < 2:
+        raise OutOfMemoryError(
+            "the KV cache does not fit", found=f"{available_bytes} bytes for blocks of {per_block} bytes; 2 are needed",
+            fix="raise --kv-cache-memory-bytes or --gpu-memory-utilization",
+        )
+    layout = KVCacheLayout(num_blocks=blocks, block_size=block_size, groups=groups)
+    if layout.max_tokens < config.model.max_model_len:
+        log.warning("the KV cache holds %d tokens, less than max_model_len %d: longer prompts are refused",
+                    layout.max_tokens, config.model.max_model_len)
+    log.info("KV cache: %d blocks of %d tokens, %.2f GiB, %d tokens", blocks, block_size, blocks * per_block / 2**30,
+             layout.max_tokens)
+    return layout

@@ -1,0 +1,161 @@
+"""One device: load the model, measure what memory is left, hold the runner."""
+
+from __future__ import annotations
+
+import time
+
+import psutil
+import torch
+
+from ...models import Attention
+from ...plugins.errors import OutOfMemoryError, UsageError
+from ...plugins.log import get_logger
+from ...plugins.manager import PluginHost
+from ..attention.select import attention_problems, choose_attention_backend
+from ..config import EngineConfig
+from ..loader import LoadedModel, get_model
+from ..plan import KVCacheGroup, KVCacheLayout, KVCacheSpec, NewRequest, Plan, Result
+from ..request import SamplingParams
+from ..sample import SamplingState
+from .gpu_model_runner import GPUModelRunner
+
+log = get_logger(__name__)
+
+# A dummy request samples once after its prompt and once more after a decode step.
+DUMMY_OUTPUTS = 2
+
+
+class GPUWorker:
+    """A worker process's part: `load_model`, `available_kv_bytes`, `initialize_cache`, `warm_up`, `execute_model`."""
+
+    def __init__(self, config: EngineConfig, host: PluginHost) -> None:
+        host.check(config.plugins.fingerprint)
+        self.config, self.host = config, host
+        self.device = torch.device(config.device.device)
+        self.dtype = getattr(torch, config.model.dtype)
+        if self.device.type == "cuda":
+            self.device = torch.device("cuda", self.device.index or 0)
+            torch.cuda.set_device(self.device)
+        if config.device.cpu_threads:
+            torch.set_num_threads(config.device.cpu_threads)
+        self.loaded: LoadedModel | None = None
+        self.runner: GPUModelRunner | None = None
+        self.layout: KVCacheLayout | None = None
+
+    @property
+    def _attention_layers(self) -> list[Attention]:
+        assert self.loaded is not None, "load_model comes first"
+        return self.loaded.model.attention_layers()
+
+    def load_model(self) -> None:
+        start = time.monotonic()
+        self.loaded = get_model(self.config, self.host, self.device)
+        log.info("loaded %s in %.2f s (%s)", self.config.model.served_model_name, time.monotonic() - start,
+                 self.config.model.architecture)
+
+    def kv_cache_groups(self) -> list[KVCacheGroup]:
+        """Layers by what they keep per token. One group: the pool's blocks are then interchangeable."""
+        specs = {
+            KVCacheSpec(num_kv_heads=a.num_kv_heads, head_size=a.head_dim, dtype_bytes=self.dtype.itemsize)
+            for a in self._attention_layers
+        }
+        if len(specs) != 1:
+            raise UsageError("every layer must keep the same KV per token in this release",
+                             found=sorted(map(str, specs)))
+        return [KVCacheGroup(layers=[a.index for a in self._attention_layers], spec=specs.pop())]
+
+    def available_kv_bytes(self) -> int:
+        """Bytes the KV cache may take: `gpu_memory_utilization` of the device less what a full step was seen to use.
+
+        On CUDA a step of `max_num_batched_tokens` is run on a cache of its own and the peak measured, other
+        processes' memory included; on CPU it is that share of the memory now free.
+        """
+        cache = self.config.cache
+        if cache.kv_cache_memory_bytes is not None:
+            return cache.kv_cache_memory_bytes
+        if self.device.type == "cpu":
+            return int(psutil.virtual_memory().available * cache.gpu_memory_utilization)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        held = torch.cuda.memory_allocated(self.device)
+        self._profile_step()
+        activations = torch.cuda.max_memory_allocated(self.device) - held
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(self.device)
+        used = total - free
+        budget = int(total * cache.gpu_memory_utilization) - used - activations
+        log.info("memory: %.2f GiB of %.2f in use, %.2f for a step's activations, %.2f left for the KV cache",
+                 used / 2**30, total / 2**30, activations / 2**30, budget / 2**30)
+        if budget <= 0:
+            raise OutOfMemoryError(
+                "no memory is left for the KV cache",
+                found=f"{used / 2**30:.2f} GiB in use + {activations / 2**30:.2f} GiB activations >= "
+                      f"{cache.gpu_memory_utilization} x {total / 2**30:.2f} GiB",
+                fix="raise --gpu-memory-utilization, lower --max-num-batched-tokens, or take a smaller model",
+            )
+        return budget
+
+    def _profile_step(self) -> None:
+        """Run the largest step on a throw-away cache."""
+        limits = self.config.scheduler
+        length = max(1, min(limits.max_num_batched_tokens, self.config.model.max_model_len - DUMMY_OUTPUTS))
+        block_size = self.config.cache.block_size
+        blocks = 1 + -(-limits.max_num_batched_tokens // block_size) + limits.max_num_seqs
+        self._build_runner(KVCacheLayout(num_blocks=blocks, block_size=block_size, groups=self.kv_cache_groups()))
+        self._run_dummy(length, limits.max_num_batched_tokens)
+        self.runner = None
+
+    def initialize_cache(self, layout: KVCacheLayout) -> None:
+        """Allocate the pool and the runner's buffers."""
+        self.layout = layout
+        self._build_runner(layout)
+
+    def _build_runner(self, layout: KVCacheLayout) -> None:
+        assert self.loaded is not None, "load_model comes first"
+        config, layers = self.config, self._attention_layers
+        problems = attention_problems(layers, dtype=self.dtype, device=self.device, block_size=layout.block_size)
+        choice = choose_attention_backend(problems, config.device.attention_backend, self.host)
+        processors = [
+            self.host.resolve("logits_processor", name)(config.model.vocab_size, self.device)
+            for name in config.model.logits_processors
+        ]
+        scheduler = config.scheduler
+        self.runner = GPUModelRunner(
+            self.loaded.model,
+            choice.backend(layers, layout, dtype=self.dtype, device=self.device),
+            SamplingState(max_rows=scheduler.max_num_seqs, vocab_size=config.model.vocab_size, device=self.device,
+                          processors=processors),
+            max_num_seqs=scheduler.max_num_seqs, max_len=max(config.model.max_model_len, 1 + DUMMY_OUTPUTS),
+            max_tokens=scheduler.max_num_batched_tokens, block_size=layout.block_size, device=self.device,
+        )
+
+    def warm_up(self) -> None:
+        """Run a short prompt and a decode step, so that the first request meets warm kernels."""
+        assert self.layout is not None
+        limits = (16, self.config.scheduler.max_num_batched_tokens, self.layout.max_tokens - DUMMY_OUTPUTS)
+        if (length := min(*limits, self.config.model.max_model_len - DUMMY_OUTPUTS)) > 0:
+            self._run_dummy(length, length)
+
+    def _run_dummy(self, length: int, total: int) -> None:
+        """Prompts of `length` tokens, `total` in all, then one decode step, through the real path."""
+        assert self.runner is not None
+        block_size, limits = self.config.cache.block_size, self.config.scheduler
+        count = max(1, min(total // length, limits.max_num_seqs))
+        per_request = -(-(length + DUMMY_OUTPUTS) // block_size)
+        new = [
+            NewRequest(request_id=f"warm-up-{i}", token_ids=[0] * length, num_prompt_tokens=length,
+                       num_computed_tokens=0, params=SamplingParams(), seed=0, stop_token_ids=[],
+                       bad_words_token_ids=[],
+                       block_ids=(list(range(1 + i * per_request, 1 + (i + 1) * per_request)),))
+            for i in range(count)
+        ]
+        ids = [request.request_id for request in new]
+        self.runner.execute_model(Plan(step=0, request_ids=ids, num_tokens=[length] * count,
+                                       num_computed=[0] * count, new_requests=new))
+        self.runner.execute_model(Plan(step=0, request_ids=ids, num_tokens=[1] * count,
+                                       num_computed=[length] * count))
+        self.runner.execute_model(Plan(step=0, request_ids=[], num_tokens=[], num_computed=[],
+                                       finished_request_ids=ids))
+
+    def execute_model(self, plan: Plan) -> Result:
+        assert self.runner is not None, "initialize_cache comes first"
+        return self.runner.execute_model(plan)
