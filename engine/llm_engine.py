@@ -1,0 +1,98 @@
+"""LLMEngine: the synchronous front end; requests in, a step at a time, outputs out."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+
+from ..plugins.errors import RequestError
+from ..plugins.manager import PluginHost
+from .args import EngineArgs
+from .config import EngineConfig
+from .core.client import EngineCoreClient, InprocClient, ProcClient
+from .demo import resolve_demo
+from .metrics import StepStats
+from .plan import KVCacheLayout
+from .request import RequestOutput, SamplingParams
+from .text.input_processor import InputProcessor, PromptType
+from .text.output_processor import OutputProcessor
+from .text.tokenizer import Tokenizer
+
+
+def load_tokenizer(config: EngineConfig) -> Tokenizer | None:
+    """The tokenizer of a config, or None when the user serves token ids only."""
+    if config.model.tokenizer is None:
+        return None
+    return Tokenizer.from_folder(Path(config.model.tokenizer), chat_template=config.model.chat_template)
+
+
+def servable_config(config: EngineConfig, layout: KVCacheLayout) -> EngineConfig:
+    """The config with its context cut to what the KV cache can hold, so that what never fits is refused early."""
+    length = min(config.model.max_model_len, layout.max_tokens)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, max_model_len=length))
+
+
+class LLMEngine:
+    """Drives an EngineCore in this process (default) or in its own (`engine_process`).
+
+    Ready when constructed. Raises what create_engine_config and loading raise.
+    """
+
+    def __init__(self, config: EngineConfig, *, host: PluginHost | None = None, engine_process: bool = False) -> None:
+        self.tokenizer = load_tokenizer(config)
+        host = host or PluginHost.load(prefer=config.plugins.prefer, strict=config.plugins.strict)
+        self.client: EngineCoreClient = ProcClient(config) if engine_process else InprocClient(config, host)
+        self.config = servable_config(config, self.client.layout)
+        self.input_processor = InputProcessor(self.config, self.tokenizer)
+        self.output_processor = OutputProcessor(self.tokenizer)
+
+    @classmethod
+    def from_engine_args(cls, args: EngineArgs, *, engine_process: bool = False) -> LLMEngine:
+        args = resolve_demo(args)
+        host = PluginHost.load(prefer=args.prefer, strict=args.strict_plugins)
+        return cls(args.create_engine_config(host), host=host, engine_process=engine_process)
+
+    def add_request(self, request_id: str, prompt: PromptType, params: SamplingParams, *, priority: int = 0,
+                    cache_salt: str | None = None) -> None:
+        """Queue a prompt. Raises RequestError; the engine and other requests are then untouched."""
+        processed = self.input_processor.process(request_id, prompt, params, priority=priority,
+                                                 cache_salt=cache_salt, arrival_time=time.monotonic())
+        self.client.add_requests(self.output_processor.add_request(processed))
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step. Raises RequestError for a request the core refused, after everything else was processed."""
+        outputs = self.client.get_outputs()
+        refused = [o for o in outputs if o.error_code is not None]
+        processed = self.output_processor.process([o for o in outputs if o.error_code is None], time.monotonic())
+        if processed.abort_ids:
+            self.client.abort_requests(processed.abort_ids)
+        if refused:
+            self.abort_request([self.output_processor.user_id(o.request_id) for o in refused])
+            raise RequestError(refused[0].error or "refused", code=refused[0].error_code)
+        return processed.request_outputs
+
+    def abort_request(self, request_ids: list[str]) -> list[RequestOutput]:
+        """End requests now; returns their last outputs, finish_reason "abort". Unknown ids are ignored."""
+        outputs, core_ids = self.output_processor.abort(request_ids)
+        if core_ids:
+            self.client.abort_requests(core_ids)
+        return outputs
+
+    def has_unfinished_requests(self) -> bool:
+        return self.output_processor.has_unfinished()
+
+    def default_sampling_params(self) -> SamplingParams:
+        """What the checkpoint's generation_config suggests."""
+        return SamplingParams(**self.input_processor.default_sampling_params())
+
+    def reset_prefix_cache(self) -> bool:
+        return self.client.reset_prefix_cache()
+
+    @property
+    def stats(self) -> StepStats:
+        return self.client.stats
+
+    def shutdown(self) -> None:
+        """Release the model. Idempotent for a process engine."""
+        self.client.shutdown()
