@@ -13,6 +13,7 @@ BlockIds = tuple[list[int], ...]
 class NewRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A request the workers do not hold: new, or resumed after preemption (then with its outputs so far).
 
+    `stop_token_ids` are all ids that end its text, end-of-sequence among them: what `min_tokens` holds back.
     `token_ids` are prompt and outputs; `num_prompt_tokens` says where the prompt ends. `block_ids` replace whatever a
     worker may still know of the request.
     """

@@ -1,0 +1,70 @@
+"""A backend is pinned or has the highest priority, and every other one has a reason."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+import torch
+
+from nybble import hookimpl
+from nybble.engine.attention.select import attention_problems, choose_attention_backend
+from nybble.engine.attention.torch_paged import TorchPagedBackend
+from nybble.models import Attention
+from nybble.plugins.errors import UsageError
+from nybble.plugins.manager import PluginHost
+
+
+class Eager(TorchPagedBackend):
+    name = "eager"
+    priority = 5
+
+
+class Narrow(TorchPagedBackend):
+    name = "narrow"
+    priority = 9
+
+    @classmethod
+    def supports(cls, problem):
+        return None if problem.head_dim <= 64 else f"head_dim {problem.head_dim} > 64"
+
+
+@pytest.fixture
+def host():
+    plugin = types.ModuleType("more_backends")
+    plugin.NYBBLE_API = (1, 0)
+    plugin.nybble_attention_backends = hookimpl(
+        lambda: {"eager": f"{__name__}:Eager", "narrow": f"{__name__}:Narrow"})
+    host = PluginHost.load(allow=None, extra=[("more", plugin)])
+    targets = {"torch": TorchPagedBackend, "eager": Eager, "narrow": Narrow}
+    host.resolve = lambda kind, name: targets[name]  # test modules cannot be imported by name
+    return host
+
+
+def problems(head_dim, layers=2):
+    attention = [Attention(i, num_heads=2, num_kv_heads=1, head_dim=head_dim) for i in range(layers)]
+    return attention_problems(attention, dtype=torch.float32, device=torch.device("cpu"), block_size=16)
+
+
+@pytest.mark.parametrize("head_dim, pin, chosen, refusals", [
+    (64, None, "narrow", {"torch": "priority 0 < 9", "eager": "priority 5 < 9"}),
+    (128, None, "eager", {"torch": "priority 0 < 5", "narrow": "head_dim 128 > 64"}),
+    (128, "torch", "torch", {}),
+])
+def test_choice_and_reasons(host, head_dim, pin, chosen, refusals):
+    choice = choose_attention_backend(problems(head_dim), pin, host)
+    assert (choice.backend.name, choice.refusals) == (chosen, refusals)
+
+
+def test_a_pin_that_cannot_run_says_why(host):
+    with pytest.raises(UsageError, match="narrow: head_dim 128 > 64"):
+        choose_attention_backend(problems(128), "narrow", host)
+
+
+def test_an_unknown_pin_names_the_nearest(host):
+    with pytest.raises(UsageError, match="did you mean narrow"):
+        choose_attention_backend(problems(64), "narow", host)
+
+
+def test_equal_layers_are_one_problem():
+    assert len(problems(64, layers=12)) == 1
