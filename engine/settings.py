@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -41,35 +41,34 @@ def flag_name(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
-def resolve_args(
+def read_layers(
     cli: Mapping[str, Any],
+    names: Iterable[str],
     *,
     environ: Mapping[str, str] | None = None,
     config_file: Path | None = None,
-    also_known: Collection[str] = (),
-) -> tuple[EngineArgs, dict[str, str]]:
-    """Merge flags over environment over YAML over defaults.
+) -> dict[str, Entry]:
+    """Flags over environment over YAML: what each gives of the fields `names`, for `merge` to parse.
 
     Args:
         cli: raw values by field name, of the flags that were given.
+        names: every field that may be set, of whatever settings class.
         environ: the environment; None reads the process's.
         config_file: YAML mapping of settings; keys with dashes or underscores.
-        also_known: keys of the file that are somebody else's and are passed over.
 
     Returns:
-        The settings, and where each came from: "--max-model-len", "env NYBBLE_MAX_MODEL_LEN", "serve.yaml" or
-        "default".
+        The winning entry of each field; its origin is "--max-model-len", "env NYBBLE_MAX_MODEL_LEN" or "serve.yaml".
 
     Raises:
-        UsageError: an unknown name or a bad value, under the spelling it arrived with.
+        UsageError: an unknown name, under the spelling it arrived with.
     """
-    names = list(setting_fields())
-    file = read_config_file(config_file, names, also_known) if config_file else {}
+    names = list(names)
+    file = read_config_file(config_file, names) if config_file else {}
     variables = {
         f: Entry(raw, env.setting_name(f), f"env {env.setting_name(f)}")
         for f, raw in env.read_settings(names, environ).items()
     }
-    return merge(EngineArgs, {**file, **variables, **flag_entries(cli, names)})
+    return {**file, **variables, **flag_entries(cli, names)}
 
 
 def flag_entries(cli: Mapping[str, Any], names: Iterable[str]) -> dict[str, Entry]:
@@ -81,10 +80,8 @@ def flag_entries(cli: Mapping[str, Any], names: Iterable[str]) -> dict[str, Entr
     return {f: Entry(raw, flag_name(f), flag_name(f)) for f, raw in cli.items()}
 
 
-def read_config_file(
-    path: Path, names: Iterable[str], also_known: Collection[str] | None = ()
-) -> dict[str, Entry]:
-    """Entries of a YAML file for the fields `names`; keys in `also_known` (None: any) are passed over.
+def read_config_file(path: Path, names: Iterable[str]) -> dict[str, Entry]:
+    """Entries of a YAML file for the fields `names`.
 
     Raises UsageError: no such file, not a YAML mapping, an unknown key or the same key twice.
     """
@@ -104,10 +101,9 @@ def read_config_file(
         field = key.replace("-", "_")
         if field in entries:
             raise UsageError(f"{path.name} sets {field} twice", fix="keep one of the two spellings")
-        if field in names:
-            entries[field] = Entry(raw, f"{key} in {path.name}", path.name)
-        elif also_known is not None and field not in also_known:
+        if field not in names:
             _unknown(f"{key} in {path.name}", [n.replace("_", "-") for n in names], "key")
+        entries[field] = Entry(raw, f"{key} in {path.name}", path.name)
     return entries
 
 
@@ -183,7 +179,7 @@ def _load_host(args: EngineArgs) -> PluginHost:
 
 
 def _checked(values: Mapping[str, Any]) -> EngineArgs:
-    """Settings as Python or a plugin gave them, parsed and bounded as `resolve_args` does."""
+    """Settings as Python or a plugin gave them, parsed and bounded like a flag's."""
     names = list(setting_fields())
     for field in values:
         if field not in names:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ...plugins.errors import NybbleError, UsageError, did_you_mean
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from .parser import Parser
 
 INTERNAL, INTERRUPTED, PIPE_CLOSED = 70, 130, 141
+TRACEBACK = "--traceback"
 
 
 class Verb(NamedTuple):
@@ -21,44 +24,88 @@ class Verb(NamedTuple):
 
     `module` beside this file has `add_arguments(parser)` and `run(parsed) -> exit code`; None means that
     a plugin, the built-in one perhaps, adds the command through `nybble_cli`: a function argv -> exit code.
+    `words` is what may come first, for shells to complete.
     """
 
     usage: str
     help: str
     module: str | None
+    words: tuple[str, ...] = ()
 
 
 VERBS = {
     "serve": Verb("[MODEL] [flags]", "serve a model over the OpenAI API", "serve"),
     "generate": Verb("[MODEL] -p TEXT [flags]", "complete prompts", "generate"),
     "chat": Verb("[MODEL] [flags]", "talk to a model, here or with --url on a server", "chat"),
-    "bench": Verb("KIND [flags]", "measure kernels, latency, throughput and serving", None),
+    "bench": Verb(
+        "KIND [flags]",
+        "measure kernels, latency, throughput and serving",
+        None,
+        ("latency", "throughput", "serve", "transformers", "step", "startup", "compare"),
+    ),
     "plugins": Verb("list | show NAME", "what is installed, what it provides, what failed", "plugins"),
-    "config": Verb("show [MODEL] [flags]", "every setting, its value and where that came from", "config"),
+    "config": Verb("show [MODEL] [flags]", "every setting, its value and where that came from", "config", ("show",)),
     "env": Verb("[--json]", "describe this machine and installation, for a bug report", "env"),
-    "completion": Verb("SHELL", "print a shell completion script", "completion"),
+    "completion": Verb(
+        "SHELL",
+        "print a shell completion script",
+        "completion",
+        ("bash", "zsh", "tcsh", "fish", "powershell"),
+    ),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: see plugins/errors.py; 70 for what we did not foresee."""
     words = list(sys.argv[1:] if argv is None else argv)
-    traceback = "--traceback" in words
-    words = [w for w in words if w != "--traceback"]
+    traceback = TRACEBACK in _before_dashes(words)
+    _mend_streams()
     try:
-        code = _dispatch(words)
+        code = _exit_code(words)
         sys.stdout.flush()
         return code
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:
-        # whoever read us has gone; the interpreter must not complain when it flushes stdout at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return PIPE_CLOSED
+    except OSError as error:
+        unwritable = _drop_broken_stdout()
+        if isinstance(error, BrokenPipeError):
+            return PIPE_CLOSED
+        told = NybbleError("cannot write to stdout", found=error) if unwritable else error
+        return _report(told, traceback=traceback)
     except Exception as error:
         return _report(error, traceback=traceback)
+
+
+def _before_dashes(words: list[str]) -> list[str]:
+    """The words up to a bare --, after which nothing is an option."""
+    return words[: words.index("--")] if "--" in words else words
+
+
+def _mend_streams() -> None:
+    """Let any text be printed in any locale, and stand in for streams that were closed before we started."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115  until the process ends
+        elif mode == "w" and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _drop_broken_stdout() -> bool:
+    """Whether stdout fails; it is then replaced, so that the interpreter does not complain again at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
+def _exit_code(words: list[str]) -> int:
+    try:
+        return _dispatch(words)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
 
 
 def _report(error: Exception, *, traceback: bool) -> int:
@@ -81,16 +128,20 @@ def _dispatch(words: list[str]) -> int:
         print(root_parser().topic_help("all"), end="")
         return 0
     name, *rest = words
+    if name == TRACEBACK:
+        return _dispatch(rest)
     if name in ("-V", "--version"):
         from .._version import __version__
 
         print(f"nybble {__version__}")
         return 0
     if name.startswith("-"):
-        raise UsageError(f"nybble: unknown flag {name}", known=["--help", "--version", "--traceback"])
+        raise UsageError(f"nybble: unknown flag {name}", known=["--help", "--version", TRACEBACK])
     verb = VERBS.get(name)
     if verb is None or verb.module is None:
-        return _plugin_command(name)(rest)
+        # a plugin's command need not know our flag
+        options = _before_dashes(rest)
+        return _plugin_command(name)([w for w in options if w != TRACEBACK] + rest[len(options) :])
     module = import_module(f".{verb.module}", __name__)
     parser = verb_parser(name)
     module.add_arguments(parser)
@@ -133,5 +184,4 @@ def root_parser() -> Parser:
     for name, verb in VERBS.items():
         commands.add_argument(name, help=verb.help)
     parser.add_argument("-V", "--version", action="store_true", help="print the version")
-    parser.add_argument("--traceback", action="store_true", help="with any command: where an error came from")
     return parser

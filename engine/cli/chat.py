@@ -10,7 +10,7 @@ from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any
 
 from ...plugins import env, log
-from ...plugins.errors import UsageError
+from ...plugins.errors import EngineDeadError, NybbleError, RequestError, UsageError
 from ..args import setting_fields
 from ..settings import flag_name
 from ..values import parse_value
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Message = dict[str, Any]
 Pieces = Generator[str, None, None]
 Reply = Callable[[list[Message]], Pieces]
+MAX_TOKENS = 512
 COMMANDS = {"/exit": "leave (also Ctrl-D)", "/reset": "forget the conversation"}
 
 
@@ -34,7 +35,7 @@ def add_arguments(parser: Parser) -> None:
     group.add_argument("--system", metavar="TEXT", help="system message to begin with")
     group.add_argument("--url", metavar="URL", help="talk to this server (http://127.0.0.1:8000) instead")
     group.add_argument("--api-key", metavar="KEY", help="with --url: the server's key (or NYBBLE_API_KEY)")
-    add_sampling_flags(parser, max_tokens=512)
+    add_sampling_flags(parser, max_tokens=f"{MAX_TOKENS}; with --url, the server's")
     add_engine_flags(parser)
 
 
@@ -42,7 +43,7 @@ def run(parsed: Namespace) -> int:
     """Hold the conversation until end of input; Ctrl-C ends one answer."""
     history: list[Message] = [{"role": "system", "content": parsed.system}] if parsed.system else []
     if parsed.url:
-        return converse(_remote(parsed), history, parsed.quick)
+        return hold(_remote(parsed), history, parsed.quick)
     args, _ = engine_args(parsed)
     log.configure(default="WARNING")
     args = without_demo(args)
@@ -50,7 +51,7 @@ def run(parsed: Namespace) -> int:
 
     llm = LLM.from_engine_args(args)
     try:
-        return converse(_local(llm, given_sampling(parsed)), history, parsed.quick)
+        return hold(_local(llm, given_sampling(parsed, max_tokens=MAX_TOKENS)), history, parsed.quick)
     finally:
         llm.shutdown()
 
@@ -64,9 +65,13 @@ def _local(llm: LLM, sampling: dict[str, Any]) -> Reply:
 
     def reply(history: list[Message]) -> Pieces:
         prompt = llm.get_tokenizer().apply_chat_template(history, add_generation_prompt=True)
-        with closing(stream(llm.llm_engine, {f"chat-{next(numbers)}": prompt}, params)) as outputs:
-            for output in outputs:
-                yield output.outputs[0].text
+        try:
+            with closing(stream(llm.llm_engine, {f"chat-{next(numbers)}": prompt}, params)) as outputs:
+                for output in outputs:
+                    yield output.outputs[0].text
+        except RequestError as error:
+            # the engine's fix names request fields, which nobody can set here
+            raise RequestError(error.asked, found=error.found, param=error.param, code=error.code) from error
 
     return reply
 
@@ -79,7 +84,8 @@ def _remote(parsed: Namespace) -> Reply:
     if given or parsed.config:
         name = flag_name(next(iter(given), "config"))
         raise UsageError(f"{name} is a setting of the server", fix="leave it out with --url")
-    client = Client(parsed.url, parsed.api_key or env.read_str("NYBBLE_API_KEY"))
+    key = env.read_str("NYBBLE_API_KEY") if parsed.api_key is None else parsed.api_key
+    client = Client(parsed.url, key)
     model = getattr(parsed, "model_path", getattr(parsed, "model", None)) or client.first_model()
     body = {"model": model, **given_sampling(parsed)}
     if seed is not None:
@@ -87,16 +93,26 @@ def _remote(parsed: Namespace) -> Reply:
     return lambda history: client.chat(body | {"messages": history})
 
 
-def converse(reply: Reply, history: list[Message], question: str | None) -> int:
-    """Answer one question, or read them from stdin until it ends."""
-    if question is not None:
-        with closing(reply([*history, {"role": "user", "content": question}])) as answers:
-            for piece in answers:
-                print(piece, end="", flush=True)
-        print()
-        return 0
-    start, prompt = list(history), ""
-    if sys.stdin.isatty():
+def hold(reply: Reply, history: list[Message], question: str | None) -> int:
+    """Answer one question, or those of stdin. Returns the exit code."""
+    if question is None:
+        return converse(reply, history)
+    with closing(reply([*history, user(question)])) as answers:
+        for piece in answers:
+            print(piece, end="", flush=True)
+    print()
+    return 0
+
+
+def converse(reply: Reply, history: list[Message]) -> int:
+    """Answer what stdin asks until it ends; a message that is refused is told and dropped.
+
+    Returns the exit code: of the last refusal when no person is there to have seen it, else 0.
+    Raises EngineDeadError, after which there is nobody to ask.
+    """
+    start, prompt, code = list(history), "", 0
+    person = sys.stdin.isatty()
+    if person:
         prompt = "> "
         with suppress(ImportError):
             import readline  # noqa: F401  gives input() its line editing
@@ -105,24 +121,38 @@ def converse(reply: Reply, history: list[Message], question: str | None) -> int:
         try:
             text = input(prompt).strip()
         except EOFError:
-            return 0
+            return code
         if text == "/exit":
-            return 0
+            return code
         if text == "/reset":
             history = list(start)
         elif text.startswith("/"):
             print(f"no command {text!r}; known: {', '.join(COMMANDS)}", file=sys.stderr)
         elif text:
-            history.append({"role": "user", "content": text})
-            history.append({"role": "assistant", "content": answer(reply, history)})
+            asked = [*history, user(text)]
+            try:
+                history = [*asked, {"role": "assistant", "content": answer(reply, asked)}]
+            except EngineDeadError:
+                raise
+            except NybbleError as error:
+                print(f"error: {error}\n  this message is dropped; /reset drops all", file=sys.stderr)
+                code = 0 if person else error.exit_code
+
+
+def user(text: str) -> Message:
+    return {"role": "user", "content": text}
 
 
 def answer(reply: Reply, history: list[Message]) -> str:
     """Print an answer as it comes and return it; Ctrl-C ends it and keeps what there is."""
     pieces: list[str] = []
-    with suppress(KeyboardInterrupt), closing(reply(history)) as answers:
-        for piece in answers:
-            pieces.append(piece)
-            print(piece, end="", flush=True)
+    try:
+        with suppress(KeyboardInterrupt), closing(reply(history)) as answers:
+            for piece in answers:
+                pieces.append(piece)
+                print(piece, end="", flush=True)
+    except NybbleError:
+        print(end="\n" if pieces else "", flush=True)
+        raise
     print(flush=True)
     return "".join(pieces)

@@ -6,9 +6,13 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
+from http.client import HTTPException, InvalidURL
 from typing import Any
+from urllib.parse import urlsplit
 
 from ...plugins.errors import NybbleError, UsageError
+from ..server.args import checked_keys
 
 TIMEOUT_SECONDS = 300
 DATA = b"data: "
@@ -20,25 +24,45 @@ class Client:
     Args:
         url: http:// or https://, with or without /v1.
         key: sent as a bearer token.
+
+    Every method raises UsageError when the server refuses what was asked (4xx) and a plain NybbleError when it
+    fails, cannot be reached or answers as no such server would. So does the constructor for a bad URL or key.
     """
 
     def __init__(self, url: str, key: str | None = None) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise UsageError("--url must begin with http:// or https://", found=url)
         self.base = url.rstrip("/").removesuffix("/v1")
+        try:
+            parts = urlsplit(self.base)
+            usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:
+            usable = False
+        if not usable:
+            raise UsageError("--url must be like http://127.0.0.1:8000, with http:// or https://", found=url)
         self._headers = {"Content-Type": "application/json"}
-        if key:
-            self._headers["Authorization"] = f"Bearer {key}"
+        if key is not None:
+            self._headers["Authorization"] = f"Bearer {checked_keys([key])[0]}"
 
     def first_model(self) -> str:
         """The name of the first model that the server lists."""
-        with self._call("/v1/models") as response:
+        with self._understood(), self._call("/v1/models") as response:
             return str(json.load(response)["data"][0]["id"])
 
     def chat(self, body: dict[str, Any]) -> Generator[str, None, None]:
-        """Stream a chat completion's text. Raises NybbleError when the server refuses or breaks off."""
-        with self._call("/v1/chat/completions", body | {"stream": True}) as lines:
+        """Stream a chat completion's text."""
+        with self._understood(), self._call("/v1/chat/completions", body | {"stream": True}) as lines:
             yield from read_events(lines)
+
+    @contextmanager
+    def _understood(self) -> Iterator[None]:
+        """What breaks while an answer is read, as a NybbleError."""
+        try:
+            yield
+        except (OSError, HTTPException) as error:
+            raise NybbleError(f"the connection to {self.base} broke", found=_words(error)) from error
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+            raise NybbleError(
+                f"{self.base} does not answer like an OpenAI server", found=_words(error), fix="check --url"
+            ) from error
 
     def _call(self, path: str, body: dict[str, Any] | None = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
@@ -46,18 +70,29 @@ class Client:
         try:
             return urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)  # noqa: S310
         except urllib.error.HTTPError as error:
-            raise NybbleError(f"{self.base} refused the request", found=_server_words(error)) from error
-        except OSError as error:
-            raise UsageError(
-                f"cannot reach {self.base}", found=error, fix="is nybble serve running there?"
+            if error.code < 500:
+                raise UsageError(f"{self.base} refused the request", found=_server_words(error)) from error
+            raise NybbleError(f"{self.base} failed", found=_server_words(error)) from error
+        except (ValueError, InvalidURL) as error:
+            raise UsageError("--url cannot be asked", found=error) from error
+        except (OSError, HTTPException) as error:
+            raise NybbleError(
+                f"cannot reach {self.base}", found=_words(error), fix="is nybble serve running there?"
             ) from error
 
 
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
 def _server_words(error: urllib.error.HTTPError) -> str:
-    text = error.read(4096).decode("utf-8", "replace")
+    try:
+        text = error.read(4096).decode("utf-8", "replace")
+    except (OSError, HTTPException):
+        text = ""
     try:
         return f"{error.code}: {json.loads(text)['error']['message']}"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return f"{error.code} {error.reason}: {text[:200]}"
 
 

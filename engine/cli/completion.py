@@ -40,6 +40,8 @@ def whole_parser() -> Parser:
         parser = commands.add_parser(name, help=verb.help)
         if verb.module:
             import_module(f".{verb.module}", __package__).add_arguments(parser)
+        else:
+            parser.add_argument("words", nargs="*")
         for action in parser._actions:
             if action.dest in ("model_path", "model", "tokenizer"):
                 action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
@@ -47,4 +49,6 @@ def whole_parser() -> Parser:
                 action.complete = shtab.FILE  # type: ignore[attr-defined]
             elif action.dest in setting_fields():
                 action.choices = setting_fields()[action.dest].metadata["choices"]
+            elif verb.words and not action.option_strings:
+                action.choices = verb.words
     return root

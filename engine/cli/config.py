@@ -1,4 +1,4 @@
-"""`nybble config show`: every engine setting, its effective value and where that came from."""
+"""`nybble config show`: every setting of `nybble serve`, its effective value and where that came from."""
 
 from __future__ import annotations
 
@@ -7,24 +7,28 @@ from argparse import Namespace
 
 from ...plugins.errors import UsageError
 from .parser import Parser, add_engine_flags, engine_args
+from .serve import add_server_flags, server_args
 
 
 def add_arguments(parser: Parser) -> None:
     """Add the command's flags."""
     parser.add_argument("action", metavar="show", help="print the table")
     parser.add_argument("--json", action="store_true", help="a list of {name, value, origin}")
+    add_server_flags(parser)
     add_engine_flags(parser)
 
 
 def run(parsed: Namespace) -> int:
-    """Print the table; no weights are read."""
+    """Print the table, without API keys; no weights are read."""
     if parsed.action != "show":
         raise UsageError(f"nybble config cannot {parsed.action!r}", known=["show"])
     from ..demo import resolve_demo
-    from ..explain import explain
+    from ..explain import Setting, explain
 
     args, origins = engine_args(parsed)
+    server, server_origins = server_args(parsed)
     rows = explain(args, origins, resolve_demo(args).create_engine_config())
+    rows += [Setting(name, getattr(server, name), origin) for name, origin in server_origins.items()]
     if parsed.json:
         print(json.dumps([row._asdict() for row in rows], indent=1))
         return 0

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from ..llm import LLM
     from ..request import RequestOutput, SamplingParams
 
+MAX_TOKENS = 128
+
 
 def add_arguments(parser: Parser) -> None:
     """Add the command's flags."""
@@ -26,7 +28,7 @@ def add_arguments(parser: Parser) -> None:
     group.add_argument("--n", type=int, default=1, metavar="N", help="completions per prompt [default: 1]")
     group.add_argument("--json", action="store_true", help="one JSON object per prompt instead of text")
     group.add_argument("--logprobs", type=int, default=None, metavar="N", help="with --json: top N per token")
-    add_sampling_flags(parser, max_tokens=128)
+    add_sampling_flags(parser, max_tokens=str(MAX_TOKENS))
     add_engine_flags(parser)
 
 
@@ -45,7 +47,8 @@ def run(parsed: Namespace) -> int:
     try:
         streamed = len(prompts) == 1 and parsed.n == 1 and not parsed.json
         kind = RequestOutputKind.DELTA if streamed else RequestOutputKind.CUMULATIVE
-        params = llm.get_default_sampling_params().replace(output_kind=kind, **given_sampling(parsed))
+        given = given_sampling(parsed, max_tokens=MAX_TOKENS)
+        params = llm.get_default_sampling_params().replace(output_kind=kind, **given)
         if streamed:
             _print_stream(llm, prompts[0], params)
         else:

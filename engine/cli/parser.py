@@ -15,8 +15,8 @@ from ...plugins import env
 from ...plugins.errors import UsageError, did_you_mean
 from ..args import EngineArgs, setting_fields
 from ..server.args import ServerArgs
-from ..settings import flag_name, resolve_args
-from ..values import base_type
+from ..settings import flag_name, read_layers
+from ..values import Entry, base_type, merge
 
 ENGINE_GROUPS = {
     "model": "what is served",
@@ -46,6 +46,10 @@ class Parser(argparse.ArgumentParser):
             metavar="TOPIC",
             action=_Help,
             help="this page; of a group, of a flag, or all",
+        )
+        # main reads it; known here so that argparse tells it from a value
+        self.add_argument(
+            "--traceback", action="store_true", default=SUPPRESS, help="with any command: where an error came from"
         )
 
     def error(self, message: str) -> NoReturn:
@@ -190,18 +194,23 @@ def add_engine_flags(parser: Parser) -> None:
 
 
 def engine_args(parsed: Namespace) -> tuple[EngineArgs, dict[str, str]]:
-    """The engine's settings out of parsed flags, environment and --config, and where each came from.
+    """The engine's settings, and where each came from. Raises UsageError."""
+    return merge(EngineArgs, given_entries(parsed))
 
-    One file serves every command, so the server's keys in it are passed over. Raises UsageError.
+
+def given_entries(parsed: Namespace) -> dict[str, Entry]:
+    """What flags, environment and --config give of the engine's settings and of the server's.
+
+    Of both, whatever the command: one file and one environment serve them all. Raises UsageError.
     """
-    given = {name: value for name, value in vars(parsed).items() if name in setting_fields()}
+    names = [*setting_fields(), *SERVER_FIELDS]
+    given = {name: value for name, value in vars(parsed).items() if name in names}
     if "model_path" in parsed:
         if given.get("model", parsed.model_path) != parsed.model_path:
             both = f"{parsed.model_path} and --model {given['model']}"
             raise UsageError("two models are given", found=both)
         given["model"] = parsed.model_path
-    path = Path(parsed.config) if parsed.config else None
-    return resolve_args(given, config_file=path, also_known=SERVER_FIELDS)
+    return read_layers(given, names, config_file=Path(parsed.config) if parsed.config else None)
 
 
 def without_demo(args: EngineArgs) -> EngineArgs:

@@ -17,13 +17,16 @@ if TYPE_CHECKING:
 SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "stop", "n", "logprobs")
 
 
-def add_sampling_flags(parser: Parser, *, max_tokens: int) -> None:
-    """The flags that both commands have; what is not given is left to the checkpoint's generation_config."""
+def add_sampling_flags(parser: Parser, *, max_tokens: str) -> None:
+    """The flags that both commands have; what is not given is left to the checkpoint's generation_config.
+
+    `max_tokens` says in words what the command itself takes for that one.
+    """
     group = parser.add_argument_group("sampling", "unset: what the checkpoint's generation_config says")
     group.add_argument(
         "--max-tokens",
         type=int,
-        default=max_tokens,
+        default=SUPPRESS,
         metavar="N",
         help=f"most tokens to write [default: {max_tokens}]",
     )
@@ -39,9 +42,9 @@ def add_sampling_flags(parser: Parser, *, max_tokens: int) -> None:
     )
 
 
-def given_sampling(parsed: Namespace) -> dict[str, Any]:
-    """The SamplingParams fields that flags gave."""
-    return {name: value for name, value in vars(parsed).items() if name in SAMPLING}
+def given_sampling(parsed: Namespace, **defaults: Any) -> dict[str, Any]:
+    """The SamplingParams fields that flags gave, over the command's own `defaults`."""
+    return defaults | {name: value for name, value in vars(parsed).items() if name in SAMPLING}
 
 
 def stream(

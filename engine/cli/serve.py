@@ -8,16 +8,22 @@ from pathlib import Path
 
 from ...plugins import env, log
 from ...plugins.errors import UsageError
-from ..server.args import ServerArgs
-from ..settings import flag_entries, read_config_file, read_text
+from ..server.args import ServerArgs, checked_keys
+from ..settings import read_text
 from ..values import merge
-from .parser import SERVER_FIELDS, Parser, add_engine_flags, add_settings, engine_args, without_demo
+from .parser import Parser, add_engine_flags, add_settings, engine_args, given_entries, without_demo
 
 
 def add_arguments(parser: Parser) -> None:
     """Add the command's flags."""
+    add_server_flags(parser)
+    add_engine_flags(parser)
+
+
+def add_server_flags(parser: Parser) -> None:
+    """Every flag of ServerArgs, and those that give keys."""
     server = parser.add_argument_group("server", "where to listen, who may ask, how to stop")
-    add_settings(server, ServerArgs)
+    add_settings(server, ServerArgs, env_names=True)
     server.add_argument(
         "--api-key",
         action="append",
@@ -26,13 +32,12 @@ def add_arguments(parser: Parser) -> None:
         help="accept this key (repeatable); the process list shows it, unlike --api-key-file's",
     )
     server.add_argument("--api-key-file", metavar="FILE", help="accept the keys in this file, one a line")
-    add_engine_flags(parser)
 
 
 def run(parsed: Namespace) -> int:
     """Serve until told to stop; the exit code is the server's."""
     args, _ = engine_args(parsed)
-    server = server_args(parsed)
+    server, _ = server_args(parsed)
     log.configure()
     if parsed.api_key:
         log.get_logger(__name__).warning(
@@ -43,17 +48,17 @@ def run(parsed: Namespace) -> int:
     return serve(without_demo(args), server)
 
 
-def server_args(parsed: Namespace) -> ServerArgs:
-    """The server's settings out of flags and --config, its keys out of flags, file and NYBBLE_API_KEY."""
-    given = {name: value for name, value in vars(parsed).items() if name in SERVER_FIELDS}
-    entries = flag_entries(given, SERVER_FIELDS)
-    if parsed.config:
-        entries = read_config_file(Path(parsed.config), SERVER_FIELDS, also_known=None) | entries
+def server_args(parsed: Namespace) -> tuple[ServerArgs, dict[str, str]]:
+    """The server's settings, and where each came from; its keys are of flags, file and NYBBLE_API_KEY.
+
+    Raises UsageError.
+    """
+    entries = given_entries(parsed)
+    server, origins = merge(ServerArgs, entries)
     tcp = next((entries[name].spelled for name in ("host", "port") if name in entries), None)
-    if "uds" in entries and tcp:
+    if server.uds is not None and tcp:
         raise UsageError("a server listens on one address", found=f"{entries['uds'].spelled} and {tcp}")
-    server, _ = merge(ServerArgs, entries)
-    return replace(server, api_keys=_api_keys(parsed))
+    return replace(server, api_keys=_api_keys(parsed)), origins
 
 
 def _api_keys(parsed: Namespace) -> tuple[str, ...]:
@@ -66,6 +71,4 @@ def _api_keys(parsed: Namespace) -> tuple[str, ...]:
         keys += lines
     if (variable := env.read_str("NYBBLE_API_KEY")) is not None:
         keys.append(variable)
-    if any(not key or not key.isascii() or not key.isprintable() or " " in key for key in keys):
-        raise UsageError("an API key must be printable ASCII without spaces, and not empty")
-    return tuple(dict.fromkeys(keys))
+    return checked_keys(keys)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from ...plugins.errors import UsageError
 from ..args import setting
 
 
@@ -25,3 +27,14 @@ class ServerArgs:
         0.0, "seconds of silence before a comment is sent on a stream (0: never)", group="server", low=0
     )
     disable_access_log: bool = setting(False, "do not log each request", group="server")
+    enable_log_requests: bool = setting(
+        False, "log id, prompt length and sampling of each request, and never text", group="server"
+    )
+
+
+def checked_keys(keys: Iterable[str]) -> tuple[str, ...]:
+    """API keys without duplicates. Raises UsageError, not naming it, for one that no header could carry."""
+    keys = tuple(dict.fromkeys(keys))
+    if any(not key or not key.isascii() or not key.isprintable() or " " in key for key in keys):
+        raise UsageError("an API key must be printable ASCII without spaces, and not empty")
+    return keys

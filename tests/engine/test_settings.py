@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +19,8 @@ from nybble.engine import explain as explain_module
 from nybble.engine import settings
 from nybble.engine.args import EngineArgs, setting_fields
 from nybble.engine.explain import explain
-from nybble.engine.settings import build_engine_config, resolve_args
+from nybble.engine.settings import build_engine_config, read_layers
+from nybble.engine.values import merge
 from nybble.plugins.errors import CheckpointError, NybbleError, PluginError, UsageError
 from nybble.plugins.manager import PluginHost
 
@@ -41,6 +42,13 @@ def make_host(**hooks: Callable[..., Any]) -> PluginHost:
     """The built-ins and one plugin with these hooks."""
     plugin = SimpleNamespace(NYBBLE_API=(1, 0), **{name: hookimpl(hook) for name, hook in hooks.items()})
     return PluginHost.load(extra=[("toy", plugin)] if hooks else [])
+
+
+def resolve_args(
+    cli: dict[str, Any], names: Iterable[str] = (), **sources: Any
+) -> tuple[EngineArgs, dict[str, str]]:
+    """The settings that these flags, this environment and this file give; `names` are settings of others."""
+    return merge(EngineArgs, read_layers(cli, [*setting_fields(), *names], **sources))
 
 
 def build(model: str, host: PluginHost | None = None, **args: Any) -> Any:
@@ -129,8 +137,9 @@ def test_a_mistake_is_named_as_it_was_spelled(
 
 def test_keys_of_others_are_passed_over(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("port: 1\nseed: 2\n")
-    args, _ = resolve_args({}, environ={}, config_file=tmp_path / "c.yaml", also_known=["port"])
-    assert args.seed == 2
+    environ = {"NYBBLE_PORT": "x"}
+    args, origins = resolve_args({}, ["port"], environ=environ, config_file=tmp_path / "c.yaml")
+    assert args.seed == 2 and "port" not in origins
 
 
 # What the checkpoint decides

@@ -40,9 +40,9 @@ class FakeEngine:
         return []
 
     def step(self) -> list[RequestOutput]:
-        if self.steps == self.fault_at:
-            raise self.fault
         self.steps += 1
+        if self.steps - 1 == self.fault_at:
+            raise self.fault
         return [output for request_id in list(self.running) for output in self._advance(request_id)]
 
     def _advance(self, request_id: str) -> Iterator[RequestOutput]:

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from nybble.engine.cli.client import read_events
-from nybble.plugins.errors import NybbleError
+from nybble.engine.cli.client import Client, read_events
+from nybble.plugins.errors import EngineDeadError, NybbleError, RequestError, UsageError
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -37,7 +37,40 @@ def test_history_goes_through_the_template(nybble: Run, llm: Any, monkeypatch: p
 
 def test_one_question(nybble: Run, llm: Any) -> None:
     assert nybble("chat", "folder", "-q", "hello")[:2] == (0, "abc\n")
-    assert prompts(llm) == ["uhello"]
+    assert prompts(llm) == ["uhello"] and llm.llm_engine.requests["chat-0"][1].max_tokens == 512
+
+
+@pytest.mark.parametrize(
+    ("step", "fault", "code", "out", "asked"),
+    [
+        (0, RequestError("too long", fix="set truncate_prompt_tokens"), 2, "abc\n", ["uone", "utwo"]),
+        (2, NybbleError("it broke"), 70, "ab\nabc\n", ["uone", "utwo"]),
+        (2, EngineDeadError("it died"), 70, "ab\n", ["uone"]),
+    ],
+)
+def test_a_refused_message_is_told_and_dropped(
+    nybble: Run,
+    llm: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    step: int,
+    fault: NybbleError,
+    code: int,
+    out: str,
+    asked: list[str],
+) -> None:
+    llm.llm_engine.fault_at, llm.llm_engine.fault = step, fault
+    type_in(monkeypatch, "one", "two")
+    got = nybble("chat", "folder")
+    assert got[:2] == (code, out) and prompts(llm) == asked
+    assert fault.asked in got[2] and "truncate_prompt_tokens" not in got[2]
+
+
+def test_a_person_has_seen_the_refusal(nybble: Run, llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm.llm_engine.fault_at, llm.llm_engine.fault = 0, RequestError("too long")
+    type_in(monkeypatch, "one")
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    code, _, err = nybble("chat", "folder")
+    assert code == 0 and "error: too long\n  this message is dropped; /reset" in err
 
 
 def test_ctrl_c_ends_the_answer_and_not_the_conversation(
@@ -52,16 +85,17 @@ def test_ctrl_c_ends_the_answer_and_not_the_conversation(
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers "pong" in three events, or refuses the key "bad"."""
+    """Answers "pong" in three events, refuses the key "bad" and fails for "worse"; `server.models` is its list."""
 
     def do_GET(self) -> None:
-        self._answer(b'{"data": [{"id": "m"}]}')
+        self._answer(self.server.models)  # type: ignore[attr-defined]
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.bodies.append(body)  # type: ignore[attr-defined]
-        if self.headers["Authorization"] == "Bearer bad":
-            self._answer(b'{"error": {"message": "no such key"}}', 401)
+        status = {"Bearer bad": 401, "Bearer worse": 503}.get(self.headers["Authorization"] or "")
+        if status:
+            self._answer(b'{"error": {"message": "no such key"}}', status)
             return
         deltas = [{"role": "assistant"}, {"content": "po"}, {"content": "ng"}]
         events = [{"choices": [{"delta": d}]} for d in deltas] + [{"choices": [], "usage": {}}]
@@ -82,7 +116,7 @@ class Handler(BaseHTTPRequestHandler):
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.bodies = []  # type: ignore[attr-defined]
+        server.bodies, server.models = [], b'{"data": [{"id": "m"}]}'  # type: ignore[attr-defined]
         server.url = f"http://127.0.0.1:{server.server_port}"  # type: ignore[attr-defined]
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server
@@ -101,7 +135,6 @@ def test_a_server_is_asked(nybble: Run, server: Any, suffix: str, argv: tuple[st
             "messages": [{"role": "user", "content": "ping"}],
             "stream": True,
             "seed": 1000,
-            "max_tokens": 512,
             "top_p": 1.0,
         }
     ]
@@ -110,17 +143,41 @@ def test_a_server_is_asked(nybble: Run, server: Any, suffix: str, argv: tuple[st
 @pytest.mark.parametrize(
     ("argv", "code", "words"),
     [
-        (("--api-key", "bad"), 70, "401: no such key"),
+        (("--api-key", "bad"), 2, "401: no such key"),
+        (("--api-key", "worse"), 70, "503: no such key"),
+        (("--api-key", "a\nb"), 2, "API key must be printable ASCII"),
+        (("--api-key", "h\u00e9"), 2, "API key must be printable ASCII"),
+        (("--api-key", ""), 2, "API key must be printable ASCII"),
         (("--dtype", "auto"), 2, "--dtype is a setting of the server"),
         (("--config", "x"), 2, "--config is a setting of the server"),
         (("--seed", "x"), 2, "--seed must be a whole number"),
-        (("--url", "ftp://x"), 2, "--url must begin with http:// or https://"),
-        (("--url", "http://127.0.0.1:1"), 2, "cannot reach http://127.0.0.1:1"),
+        (("--url", "ftp://x"), 2, "--url must be like http://"),
+        (("--url", "http://"), 2, "--url must be like http://"),
+        (("--url", "http://[::1"), 2, "--url must be like http://"),
+        (("--url", "http://a:port"), 2, "--url must be like http://"),
+        (("--url", "http://a b"), 2, "--url cannot be asked"),
+        (("--url", "http://127.0.0.1:1"), 70, "cannot reach http://127.0.0.1:1"),
     ],
 )
 def test_refusals(nybble: Run, server: Any, argv: tuple[str, ...], code: int, words: str) -> None:
     got = nybble("chat", "--url", server.url, "-q", "ping", *argv)
-    assert got[0] == code and words in got[2]
+    assert got[0] == code and words in got[2] and "internal error" not in got[2]
+
+
+@pytest.mark.parametrize("models", [b"<html>", b'{"data": []}', b"{}", b"[]", b"\xff", b"[" * 99999, b'{"data": [[]]}'])
+def test_a_server_of_another_kind(nybble: Run, server: Any, models: bytes) -> None:
+    server.models = models
+    code, _, err = nybble("chat", "--url", server.url, "-q", "ping")
+    assert code == 70 and err.startswith(f"error: {server.url} does not answer like an OpenAI server")
+
+
+@pytest.mark.parametrize("line", [b"data: <html>\n", b"data: []\n", b'data: {"choices": [{}]}\n', b"data: \xff\n"])
+def test_events_of_another_kind(monkeypatch: pytest.MonkeyPatch, line: bytes) -> None:
+    client = Client("http://127.0.0.1:8000/v1/", "key")
+    monkeypatch.setattr(client, "_call", lambda *args: io.BytesIO(line))
+    with pytest.raises(NybbleError, match="does not answer like an OpenAI server") as error:
+        list(client.chat({}))
+    assert not isinstance(error.value, UsageError)
 
 
 @pytest.mark.parametrize(

@@ -35,9 +35,11 @@ assert not [name for name in sys.modules if name.startswith("nybble.models")]
 
 
 def run_python(*argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """A new interpreter that finds this nybble."""
+    """A new interpreter that finds this nybble; `encoding` is of its streams."""
     source = os.path.dirname(os.path.dirname(package.__file__))
     environ = {"PATH": os.environ["PATH"], "PYTHONPATH": source}
+    if encoding := options.pop("encoding", None):
+        environ["PYTHONIOENCODING"] = encoding
     return subprocess.run([sys.executable, *argv], stderr=subprocess.PIPE, text=True, env=environ, **options)
 
 
@@ -46,12 +48,24 @@ def test_help_version_env_and_completion_import_nothing_heavy() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_closed_pipe_is_quiet() -> None:
+@pytest.mark.parametrize("argv", [("--help",), ("serve", "--help"), ("env",)])
+def test_a_stdout_that_fails(argv: tuple[str, ...]) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    done = run_python("-m", "nybble", "--help", stdout=writer)
+    done = run_python("-m", "nybble", *argv, stdout=writer)
     os.close(writer)
-    assert (done.returncode, done.stderr) == (141, "")
+    assert (done.returncode, done.stderr) == (141, "")  # who left wants no message
+    with open("/dev/full", "w") as full:
+        done = run_python("-m", "nybble", *argv, stdout=full)
+    assert done.returncode == 70
+    assert done.stderr == "error: cannot write to stdout\n  found: [Errno 28] No space left on device\n"
+
+
+def test_streams_may_be_closed_or_of_another_encoding() -> None:
+    done = run_python("-m", "nybble", "serve", "/no/such/\u00e9\udcff", stdout=subprocess.PIPE, encoding="ascii")
+    assert done.returncode == 3 and "/no/such/??" in done.stderr
+    closed = "import os, sys; os.closerange(0, 3); os.execl(sys.executable, sys.executable, '-m', 'nybble', 'env')"
+    assert run_python("-c", closed).returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -64,6 +78,9 @@ def test_a_closed_pipe_is_quiet() -> None:
         (("plugins", "--help"), 0, "every plugin", ""),
         (("srve",), 2, "", "no command 'srve'.*did you mean serve"),
         (("--frob",), 2, "", "unknown flag --frob"),
+        (("--traceback", "--version"), 0, "nybble ", ""),
+        (("generate", "-p", "--traceback", "x"), 2, "", "-p/--prompt: expected one argument"),
+        (("config", "show", "--", "--traceback"), 3, "", "no checkpoint folder .*--traceback"),
         (("config", "show", "/no/such"), 3, "", "no checkpoint folder /no/such"),
         (("config", "hide"), 2, "", "cannot 'hide'"),
         (("config",), 2, "", "required: show"),
@@ -74,7 +91,7 @@ def test_outcomes(nybble: Run, argv: tuple[str, ...], code: int, out: str, err: 
     got = nybble(*argv)
     assert got[0] == code
     assert out in got[1] and re.search(f"(?s){err}", got[2]), got
-    assert "Traceback" not in got[2]
+    assert ("Traceback (most" in got[2]) == (argv[-2:] == ("--traceback", "x"))
 
 
 @pytest.mark.parametrize(
@@ -112,4 +129,5 @@ def test_a_plugin_adds_a_command(nybble: Run, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(PluginHost, "load", lambda: host)
     monkeypatch.setitem(sys.modules, "greeting", SimpleNamespace(main=lambda argv: len(argv)))  # type: ignore[misc]
     assert nybble("greet", "a", "--b")[0] == 2
+    assert nybble("greet", "--traceback", "a", "--", "--traceback")[0] == 3
     assert "known: bench, chat, completion, config, env, generate, greet" in nybble("unheard")[2]

@@ -10,7 +10,7 @@ import pytest
 
 from nybble.engine.args import setting_fields
 from nybble.engine.cli import verb_parser
-from nybble.engine.cli.parser import ENGINE_GROUPS, Parser, add_engine_flags, engine_args
+from nybble.engine.cli.parser import ENGINE_GROUPS, SERVER_FIELDS, Parser, add_engine_flags, engine_args
 from nybble.plugins.errors import UsageError
 
 Run = Callable[..., tuple[int, str, str]]
@@ -47,6 +47,8 @@ def values(parser: Parser, *argv: str) -> dict[str, Any]:
         (("--hf-overrides", '{"a_b": 1}'), {"hf_overrides": {"a_b": 1}}),
         (("--chat-template", "a_b"), {"chat_template": "a_b"}),
         (("--", "--odd_name"), {"model": "--odd_name"}),
+        (("--traceback", "--", "--traceback"), {"model": "--traceback"}),
+        (("--tokenizer=--traceback",), {"tokenizer": "--traceback"}),
     ],
 )
 def test_flags(parser: Parser, argv: tuple[str, ...], settings: dict[str, Any]) -> None:
@@ -69,12 +71,16 @@ def test_names_of_vllm_are_accepted(parser: Parser) -> None:
     [
         (("--max-modle-len", "1"), "unknown flag --max-modle-len.*did you mean --max-model-len"),
         (("--max-model", "1"), "unknown flag --max-model\n.*did you mean --max-model-len"),
+        (("--enforce-eager",), "unknown flag --enforce-eager"),
+        (("--kv-cache-dtype", "fp8"), "unknown flag --kv-cache-dtype"),
+        (("--enable-expert-parallel",), "unknown flag --enable-expert-parallel"),
         (("--zzzz=1",), "unknown flag --zzzz\n.*--help=all"),
         (("a", "b"), "unexpected argument 'b'"),
         (("a", "--model", "b"), "two models are given.*a and --model b"),
         (("--max-model-len",), "--max-model-len: expected one argument"),
         (("--max-model-len", "x"), "--max-model-len must be a whole number"),
         (("--dtype", "int8"), "--dtype has no value 'int8'.*known: auto, float32"),
+        (("--served-model-name", "--traceback"), "--served-model-name: expected one argument"),
         (("--config", "/no/such.yaml"), "--config: cannot read /no/such.yaml"),
     ],
 )
@@ -95,6 +101,7 @@ def test_flags_win_over_environment_over_file(
 
 def test_every_setting_is_in_a_group_of_the_help(parser: Parser) -> None:
     assert {f.metadata["group"] for f in setting_fields().values()} == set(ENGINE_GROUPS)
+    assert not set(SERVER_FIELDS) & set(setting_fields())
     page = parser.topic_help("all")
     for name in setting_fields():
         assert f"--{name.replace('_', '-')}" in page and f"NYBBLE_{name.upper()}" in page

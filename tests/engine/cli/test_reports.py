@@ -13,7 +13,8 @@ import pytest
 import shtab
 
 from nybble.engine.args import setting_fields
-from nybble.engine.cli import env
+from nybble.engine.cli import VERBS, env
+from nybble.engine.cli.parser import SERVER_FIELDS
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -22,19 +23,20 @@ def test_config_show_names_every_origin(
     nybble: Run, checkpoint: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "serve.yaml").write_text("max-num-seqs: 8\nport: 1\n")
-    monkeypatch.setenv("NYBBLE_BLOCK_SIZE", "32")
+    for name, setting in (("BLOCK_SIZE", "32"), ("HOST", "0.0.0.0"), ("API_KEY", "s3cret")):
+        monkeypatch.setenv(f"NYBBLE_{name}", setting)
     argv = (
         "config",
         "show",
         folder := checkpoint(),
         "--config",
         str(tmp_path / "serve.yaml"),
-        "--device",
-        "cpu",
+        *("--device", "cpu", "--shutdown-timeout", "5", "--api-key", "s3cret"),
     )
     code, out, _ = nybble(*argv)
+    assert "s3cret" not in out
     lines = {line.split()[0]: line.split(None, 2)[1:] for line in out.splitlines()}
-    assert code == 0 and list(lines) == ["setting", *setting_fields()]
+    assert code == 0 and list(lines) == ["setting", *setting_fields(), *SERVER_FIELDS]
     for name, value, origin in [
         ("model", folder, "--model"),
         ("max_num_seqs", "8", "serve.yaml"),
@@ -42,6 +44,10 @@ def test_config_show_names_every_origin(
         ("max_model_len", "2048", "checkpoint: config.json max_position_embeddings"),
         ("device", "cpu", "--device"),
         ("enable_prefix_caching", "true", "default"),
+        ("port", "1", "serve.yaml"),
+        ("host", "0.0.0.0", "env NYBBLE_HOST"),
+        ("shutdown_timeout", "5.0", "--shutdown-timeout"),
+        ("sse_keepalive", "0.0", "default"),
     ]:
         assert lines[name] == [value, origin]
     rows = json.loads(nybble(*argv, "--json")[1])
@@ -95,9 +101,24 @@ def test_completion_knows_the_commands_and_flags(nybble: Run, shell: str) -> Non
 
 
 def test_bash_completes_values(nybble: Run, tmp_path: Path) -> None:
+    lines = {
+        "serve --dtype b": "bfloat16",
+        "config ''": "show",
+        "completion ''": " ".join(shtab.SUPPORTED_SHELLS),
+        "bench s": "serve step startup",
+        "plugins ''": "list show",
+    }
     script = nybble("completion", "bash")[1]
-    (tmp_path / "c.sh").write_text(
-        script + '\nCOMP_WORDS=(nybble serve --dtype b); COMP_CWORD=3; _shtab_nybble; echo "${COMPREPLY[@]}"'
-    )
+    for line in lines:
+        words = f"(nybble {line})"
+        script += f'\nCOMP_WORDS={words}; COMP_CWORD={len(line.split())}; _shtab_nybble; echo "${{COMPREPLY[@]}}"'
+    (tmp_path / "c.sh").write_text(script)
     done = subprocess.run(["bash", str(tmp_path / "c.sh")], capture_output=True, text=True)
-    assert done.stdout.strip() == "bfloat16", done.stderr
+    assert dict(zip(lines, done.stdout.splitlines(), strict=True)) == lines, done.stderr
+
+
+def test_completed_words_are_those_that_exist() -> None:
+    from nybble.bench.cli import BENCHMARKS
+
+    assert VERBS["bench"].words == tuple(BENCHMARKS)
+    assert VERBS["completion"].words == tuple(shtab.SUPPORTED_SHELLS)

@@ -30,28 +30,36 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[EngineArgs, ServerArgs
 
 
 @pytest.mark.parametrize(
-    ("argv", "yaml", "server"),
+    ("argv", "yaml", "environ", "server"),
     [
-        ((), "", {}),
-        (("--host", "0.0.0.0", "--port=0"), "", {"host": "0.0.0.0", "port": 0}),
-        (("--uds", "/tmp/s"), "", {"uds": "/tmp/s"}),
+        ((), "", {}, {}),
+        (("--host", "0.0.0.0", "--port=0"), "", {}, {"host": "0.0.0.0", "port": 0}),
+        (("--uds", "/tmp/s"), "", {}, {"uds": "/tmp/s"}),
+        (("--uds", "none"), "uds: /tmp/s", {"PORT": "9"}, {"port": 9}),
+        ((), "", {"HOST": "h", "SSE_KEEPALIVE": "2"}, {"host": "h", "sse_keepalive": 2.0}),
         (
             ("--shutdown_timeout", "5", "--sse-keepalive", "1.5"),
             "",
+            {},
             {"shutdown_timeout": 5.0, "sse_keepalive": 1.5},
         ),
-        (("--disable-access-log",), "port: 9\nseed: 1", {"disable_access_log": True, "port": 9}),
-        (("--port", "7"), "port: 9", {"port": 7}),
+        (("--disable-access-log",), "port: 9\nseed: 1", {}, {"disable_access_log": True, "port": 9}),
+        (("--port", "7"), "port: 9", {"PORT": "8"}, {"port": 7}),
+        (("--enable-log-requests",), "port: 9", {"PORT": "8"}, {"port": 8, "enable_log_requests": True}),
     ],
 )
 def test_server_settings(
     nybble: Run,
     served: list[tuple[EngineArgs, ServerArgs]],
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     argv: tuple[str, ...],
     yaml: str,
+    environ: dict[str, str],
     server: dict[str, Any],
 ) -> None:
+    for name, value in environ.items():
+        monkeypatch.setenv(f"NYBBLE_{name}", value)
     (tmp_path / "c.yaml").write_text(yaml)
     assert nybble("serve", "folder", "--config", str(tmp_path / "c.yaml"), *argv)[0] == 143
     args, got = served[0]
@@ -89,6 +97,23 @@ def test_refusals(
 ) -> None:
     code, _, err = nybble("serve", "folder", *argv)
     assert (code, served) == (2, []) and words in err
+
+
+@pytest.mark.parametrize("command", ["serve", "generate", "config"])
+def test_every_command_knows_the_settings_of_the_server(
+    nybble: Run,
+    served: list[tuple[EngineArgs, ServerArgs]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+) -> None:
+    (tmp_path / "c.yaml").write_text("prot: 1\n")
+    argv = ["show"] if command == "config" else []
+    code, _, err = nybble(command, *argv, "--config", str(tmp_path / "c.yaml"))
+    assert code == 2 and "unknown key prot in c.yaml" in err and "did you mean port?" in err
+    monkeypatch.setenv("NYBBLE_PROT", "1")
+    code, _, err = nybble(command, *argv)
+    assert code == 2 and "did you mean NYBBLE_PORT?" in err and not served
 
 
 def test_an_empty_key_variable_does_not_open_the_server(
