@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -41,6 +42,9 @@ class Engine(Protocol):
     @property
     def is_running(self) -> bool: ...
 
+    @property
+    def num_unfinished(self) -> int: ...
+
     def generate(
         self,
         prompt: list[int],
@@ -71,6 +75,32 @@ class Limits:
     stalled_seconds: float = 30.0
 
 
+class Heartbeat:
+    """Whether the engine makes steps while it has work to do.
+
+    Work begins with a request, and ends with a step that leaves none or when every request is gone: that a slow
+    reader has not taken its last output yet is not the engine's fault.
+    """
+
+    def __init__(self, engine: Engine, clock: Callable[[], float] = time.monotonic) -> None:
+        self._engine, self.clock = engine, clock
+        self._since, self._has_work = clock(), False
+        engine.add_stats_listener(self._on_step)
+
+    def expect(self) -> None:
+        """A request is on its way to the engine; from an idle one, a step is awaited from now on."""
+        if not (self._has_work and self._engine.num_unfinished):
+            self._since, self._has_work = self.clock(), True
+
+    def _on_step(self, stats: StepStats) -> None:
+        self._since, self._has_work = self.clock(), stats.num_running + stats.num_waiting > 0
+
+    @property
+    def silent_seconds(self) -> float:
+        """How long a step has been awaited; 0 while there is nothing to do."""
+        return self.clock() - self._since if self._has_work and self._engine.num_unfinished else 0.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Api:
     """One server: passed to every handler, so that nothing is global."""
@@ -79,6 +109,7 @@ class Api:
     args: ServerArgs
     lifecycle: Lifecycle
     metrics: ServerMetrics
+    heartbeat: Heartbeat
     keys: ApiKeys
     limits: Limits
     created: int

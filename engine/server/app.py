@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import uvicorn
 import uvloop
@@ -24,7 +24,7 @@ from starlette.routing import Route
 
 from ...plugins.log import get_logger
 from .._version import __version__
-from .api import Api, Engine, Limits, json_response
+from .api import Api, Engine, Heartbeat, Limits, json_response
 from .args import ServerArgs
 from .auth import ApiKeys
 from .chat import create_chat_completion
@@ -32,7 +32,7 @@ from .completions import create_completion
 from .connection import connection_class
 from .errors import ApiError, to_api_error
 from .lifecycle import Lifecycle, Phase
-from .listen import bind, url
+from .listen import listening, url
 from .metrics import ServerMetrics
 from .middleware import Edge
 from .protocol import ModelCard
@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 WATCH_SECONDS = 0.2
 SHUTDOWN_SECONDS = 1.0
+STALL_SECONDS = 10.0
+"""How long one step may take before /health calls the engine stalled."""
 KEEP_ALIVE_SECONDS = 75
 """Longer than clients keep idle connections, so that none is closed under a request that is on its way."""
 
@@ -63,6 +65,7 @@ def build_app(
         args=args,
         lifecycle=lifecycle or Lifecycle(),
         metrics=ServerMetrics(engine.config.model.served_model_name),
+        heartbeat=Heartbeat(engine),
         keys=ApiKeys(args.api_keys),
         limits=limits or Limits(),
         created=int(time.time()),
@@ -124,6 +127,8 @@ async def health(api: Api, request: Request) -> Response:
     api.lifecycle.check_open()
     if api.engine.errored or not api.engine.is_running:
         raise ApiError(503, "the engine stopped; the server's log says why", code="engine_dead")
+    if (silent := api.heartbeat.silent_seconds) > STALL_SECONDS:
+        raise ApiError(503, f"the engine has made no step for {silent:.0f} s", code="engine_stalled")
     return Response()
 
 
@@ -146,7 +151,7 @@ def serve(args: EngineArgs, server: ServerArgs) -> int:
     """
     from ..async_llm import AsyncLLM  # after the address is known to be free, since it imports torch
 
-    with contextlib.closing(bind(server)) as sock:
+    with listening(server) as sock:
         if (
             not server.api_keys
             and server.uds is None
@@ -155,7 +160,7 @@ def serve(args: EngineArgs, server: ServerArgs) -> int:
             logger.warning("anyone who reaches %s can use this server: no API key is set", server.host)
         engine = AsyncLLM.from_engine_args(args)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(run(cast(Engine, engine), server, sock, host=engine.host))
+            return runner.run(run(engine, server, sock, host=engine.host))
 
 
 class _Web(uvicorn.Server):

@@ -43,7 +43,10 @@ async def create_chat_completion(api: Api, request: Request) -> Response | Event
     if (asked.top_logprobs or 0) > api.engine.config.model.max_logprobs > -1:
         raise refused(f"top_logprobs is at most {api.engine.config.model.max_logprobs}", "top_logprobs")
     prompt = Prompt(token_ids=await render(api, asked, asked.messages))
-    max_tokens = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
+    sent_as = {"prompt": "messages", "logprobs": "top_logprobs"}
+    max_tokens = asked.max_tokens
+    if asked.max_completion_tokens is not None:
+        max_tokens, sent_as["max_tokens"] = asked.max_completion_tokens, "max_completion_tokens"
     job = make_job(
         api,
         request,
@@ -54,6 +57,7 @@ async def create_chat_completion(api: Api, request: Request) -> Response | Event
         default_max_tokens=None,
         logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
         prompt_logprobs=asked.prompt_logprobs,
+        sent_as=sent_as,
     )
     writer = _Writer(api, asked, job)
     if asked.stream:

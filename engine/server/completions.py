@@ -16,10 +16,11 @@ from .api import Api, json_response
 from .body import read_json
 from .errors import refused
 from .generation import Job, Prompt, Tally, encode, make_job, run
-from .logprobs import completion_logprobs, finite
+from .logprobs import TextOffsets, completion_logprobs, finite
 from .protocol import (
     UNSUPPORTED_IN_COMPLETIONS,
     CompletionChoice,
+    CompletionLogprobs,
     CompletionRequest,
     CompletionResponse,
     FinishReason,
@@ -28,6 +29,8 @@ from .protocol import (
 from .sse import EventStream, event
 
 DEFAULT_MAX_TOKENS = 16
+MAX_CHARACTER_BYTES = 4
+"""A character that the prompt's last tokens began is ended by the completion's first."""
 
 
 async def create_completion(api: Api, request: Request) -> Response | EventStream:
@@ -50,6 +53,7 @@ async def create_completion(api: Api, request: Request) -> Response | EventStrea
         default_max_tokens=DEFAULT_MAX_TOKENS,
         logprobs=asked.logprobs,
         prompt_logprobs=-1 if -1 in wanted else max(wanted, default=None),
+        sent_as={},
     )
     writer = _Writer(api, asked, job)
     if asked.stream:
@@ -82,7 +86,7 @@ class _Writer:
     def __init__(self, api: Api, asked: CompletionRequest, job: Job) -> None:
         self.api, self.asked, self.job = api, asked, job
         self.tally = Tally(job)
-        self.offsets: dict[int, int] = {}
+        self.offsets: dict[int, TextOffsets] = {}
         self.prompt_logprobs: dict[int, list[TokenLogprobs | None]] = {}
 
     async def whole(self) -> CompletionResponse:
@@ -126,28 +130,43 @@ class _Writer:
 
     def choice(self, index: int, completion: CompletionOutput) -> CompletionChoice:
         number = index * self.job.params[index].n + completion.index
-        prompt, scores = self.job.prompts[index], self.prompt_logprobs.get(index)
-        first = number not in self.offsets
-        offset = self.offsets.setdefault(number, 0)
+        prompt, first = self.job.prompts[index], number not in self.offsets
+        echo = self.echo(prompt) if first and self.asked.echo else ""
+        if first:
+            skip = self.job.params[index].skip_special_tokens
+            self.offsets[number] = TextOffsets(self.api.engine.tokenizer, skip)
         choice = CompletionChoice(
             index=number,
-            text=completion.text,
+            text=echo + completion.text,
             stop_reason=completion.stop_reason,
             finish_reason=cast("FinishReason | None", completion.finish_reason),
         )
-        token_ids, entries = completion.token_ids, list(completion.logprobs or ())
         if self.asked.return_token_ids:
-            choice.token_ids = token_ids
+            choice.token_ids = completion.token_ids
             choice.prompt_token_ids = prompt.token_ids if first else UNSET
         if first and self.asked.prompt_logprobs is not None:
-            choice.prompt_logprobs = finite(scores or ())
-        if first and self.asked.echo:
-            choice.text = self.echo(prompt) + completion.text
-            token_ids, entries = prompt.token_ids + token_ids, [*(scores or ()), *entries]
-        if self.asked.logprobs is not None and token_ids:
-            choice.logprobs = completion_logprobs(token_ids, entries, self.api.engine.tokenizer, offset)
-            self.offsets[number] = choice.logprobs.text_offset[-1] + len(choice.logprobs.tokens[-1])
+            choice.prompt_logprobs = finite(self.prompt_logprobs.get(index, ()))
+        if self.asked.logprobs is not None:
+            choice.logprobs = self.logprobs(index, completion, self.offsets[number], echo if first else None)
         return choice
+
+    def logprobs(
+        self, index: int, completion: CompletionOutput, offsets: TextOffsets, echo: str | None
+    ) -> CompletionLogprobs | None:
+        """None for a piece without tokens. `echo` is the text in front of the first piece; None in later ones."""
+        token_ids, entries = completion.token_ids, list(completion.logprobs or ())
+        begins: list[int] = []
+        if echo is not None:
+            prompt = self.job.prompts[index].token_ids
+            if self.asked.echo:
+                begins = offsets.prompt(prompt, echo)
+                token_ids, entries = prompt + token_ids, [*self.prompt_logprobs.get(index, ()), *entries]
+            else:
+                offsets.prompt(prompt[-MAX_CHARACTER_BYTES:], "")
+        begins += offsets.completion(completion.token_ids)
+        if not token_ids:
+            return None
+        return completion_logprobs(token_ids, entries, self.api.engine.tokenizer, begins)
 
     def echo(self, prompt: Prompt) -> str:
         if prompt.text is not None:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 
 from starlette.requests import Request
 
+from ...plugins.errors import RequestError
+from ...plugins.log import get_logger
 from ..request import CompletionOutput, RequestOutput, RequestOutputKind, SamplingParams
 from .api import Api
-from .errors import ApiError, refused
+from .errors import ApiError, refused, to_api_error
 from .metrics import RequestClock
 from .middleware import sane_id
 from .protocol import MAX_PROMPTS, GenerationRequest, PromptTokensDetails, Usage
 
+logger = get_logger(__name__)
 INLINE_CHARACTERS = 4096
 """Longer texts are tokenized in a thread: meanwhile the loop serves the others."""
 MAX_COMPLETIONS = 4096
@@ -35,7 +38,10 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One HTTP request as the engine sees it: `params[i]` is how `prompts[i]` is completed."""
+    """One HTTP request as the engine sees it: `params[i]` is how `prompts[i]` is completed.
+
+    `sent_as` has the client's name of each field that the engine knows under another.
+    """
 
     response_id: str
     created: int
@@ -43,6 +49,20 @@ class Job:
     params: list[SamplingParams]
     priority: int
     cache_salt: str | None
+    sent_as: Mapping[str, str]
+
+
+@contextmanager
+def naming(sent_as: Mapping[str, str]) -> Iterator[None]:
+    """Errors about a field of ours become errors about the field that the client sent."""
+    try:
+        yield
+    except (ApiError, RequestError) as exc:
+        error = to_api_error(exc)
+        sent = None if error.param is None else sent_as.get(error.param)
+        if sent is None:
+            raise
+        raise ApiError(error.status, f"{sent}: {error.message}", param=sent, code=error.code) from None
 
 
 async def encode(api: Api, texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:
@@ -78,6 +98,7 @@ def make_job(
     default_max_tokens: int | None,
     logprobs: int | None,
     prompt_logprobs: int | None,
+    sent_as: Mapping[str, str],
 ) -> Job:
     """Check a request against the model's context and turn it into a Job.
 
@@ -98,19 +119,20 @@ def make_job(
     values["output_kind"] = RequestOutputKind.DELTA if asked.stream else RequestOutputKind.FINAL_ONLY
     context = api.engine.config.model.max_model_len
     prompts = [_truncate(prompt, asked.truncate_prompt_tokens, context) for prompt in prompts]
-    params = []
-    for prompt in prompts:
-        values["max_tokens"] = fit_max_tokens(len(prompt.token_ids), max_tokens, default, context)
-        params.append(SamplingParams(**values))
+    with naming(sent_as):
+        fitting = [fit_max_tokens(len(prompt.token_ids), max_tokens, default, context) for prompt in prompts]
+        # A thousand prompts have few lengths: the parameters are checked once for each.
+        params = {count: SamplingParams(**{**values, "max_tokens": count}) for count in set(fitting)}
     if asked.request_id is not None:
         request.state.request_id = sane_id(asked.request_id)
     return Job(
         response_id=f"{kind}-{request.state.request_id}",
         created=int(time.time()),
         prompts=prompts,
-        params=params,
+        params=[params[count] for count in fitting],
         priority=asked.priority,
         cache_salt=api.keys.cache_salt(request.state.key_id, asked.cache_salt),
+        sent_as=sent_as,
     )
 
 
@@ -151,13 +173,19 @@ async def run(api: Api, job: Job) -> Outputs:
 
 
 async def _one(api: Api, job: Job, index: int) -> AsyncGenerator[RequestOutput, None]:
-    params = job.params[index]
+    prompt, params = job.prompts[index].token_ids, job.params[index]
     # Two clients may send the same X-Request-Id; the engine needs ids of its own.
     request_id = f"{job.response_id}-{index}-{secrets.token_hex(4)}"
-    stream = api.engine.generate(
-        job.prompts[index].token_ids, params, request_id, priority=job.priority, cache_salt=job.cache_salt
-    )
-    with RequestClock(api.metrics, params.n) as clock:
+    if api.args.enable_log_requests:
+        # no field that could hold a user's words: stop strings, bad words, the prompt
+        logger.info(
+            "request %s: %d prompt tokens, n=%d max_tokens=%s temperature=%g top_p=%g top_k=%d seed=%s",
+            *(request_id, len(prompt), params.n, params.max_tokens),
+            *(params.temperature, params.top_p, params.top_k, params.seed),
+        )
+    stream = api.engine.generate(prompt, params, request_id, priority=job.priority, cache_salt=job.cache_salt)
+    api.heartbeat.expect()
+    with RequestClock(api.metrics, params.n) as clock, naming(job.sent_as):
         async with aclosing(stream):
             async for output in stream:
                 clock.observe(output)

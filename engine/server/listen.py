@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import os
 import socket
-import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -13,6 +15,20 @@ from ...plugins.errors import PortInUseError, UsageError
 from .args import ServerArgs
 
 BACKLOG = 2048
+
+
+@contextlib.contextmanager
+def listening(args: ServerArgs) -> Iterator[socket.socket]:
+    """`bind`, and what it made is gone at the end: of a Unix socket, the file too, unless it is another's now."""
+    with bind(args) as sock:
+        path = None if args.uds is None else Path(args.uds)
+        ours = None if path is None else path.stat()
+        try:
+            yield sock
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                if path is not None and ours is not None and os.path.samestat(ours, path.stat()):
+                    path.unlink()
 
 
 def bind(args: ServerArgs) -> socket.socket:
@@ -53,10 +69,16 @@ def _bind_port(host: str, port: int) -> socket.socket:
 
 
 def _bind_path(path: Path) -> socket.socket:
-    """A Unix socket only its owner may open; a file left by a dead server is replaced."""
+    """A Unix socket only its owner may open; a socket left by a dead server is replaced, no other file."""
+    if os.path.lexists(path) and not path.is_socket():
+        raise UsageError(
+            f"cannot listen on {path}: it is not a socket",
+            found="a folder" if path.is_dir() else "a file",
+            fix="choose another --uds, or move what is there",
+        )
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        if path.exists() and stat.S_ISSOCK(path.stat().st_mode):
+        if path.exists():
             if sock.connect_ex(str(path)) == 0:
                 raise OSError(errno.EADDRINUSE, "another process listens on it")
             path.unlink()
@@ -76,7 +98,7 @@ def _refusal(args: ServerArgs, exc: Exception) -> UsageError | PortInUseError:
         return PortInUseError(
             f"{where} is taken",
             found=_owner(args.port) if args.uds is None else None,
-            fix="stop that process, or choose another --port",
+            fix=f"stop that process, or choose another --{'port' if args.uds is None else 'uds'}",
         )
     return UsageError(f"cannot listen on {where}", found=exc)
 

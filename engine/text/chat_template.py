@@ -174,7 +174,7 @@ def _failure(error: Exception) -> RequestError:
     line = error.lineno if isinstance(error, TemplateSyntaxError) else _template_line(error.__traceback__)
     where = f"line {line} of the template: " if line else ""
     return RequestError("the chat template does not take this conversation", param="messages",
-                        code="chat_template_error", found=f"{where}{error or type(error).__name__}")
+                        code="chat_template_error", found=f"{where}{str(error) or type(error).__name__}")
 
 
 def _template_line(traceback: TracebackType | None) -> int | None:
@@ -196,7 +196,7 @@ def _plain_message(index: int, message: Mapping[str, Any], wants_parts: bool) ->
     if "content" in plain:
         plain["content"] = _content(where, plain["content"], wants_parts)
     if "tool_calls" in plain:
-        plain["tool_calls"] = [_tool_call(where, call) for call in plain["tool_calls"]]
+        plain["tool_calls"] = _tool_calls(f"{where}.tool_calls", plain["tool_calls"])
     return plain
 
 
@@ -214,16 +214,21 @@ def _content(where: str, content: object, wants_parts: bool) -> str | list[dict[
     return [{"type": "text", "text": text} for text in texts] if wants_parts else "\n".join(texts)
 
 
-def _tool_call(where: str, call: Any) -> Any:
+def _tool_calls(where: str, calls: object) -> list[Mapping[str, Any]]:
+    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+        raise RequestError(f"{where} must be a list of objects", param=where, found=repr(calls)[:80])
+    return [_tool_call(where, call) for call in calls]
+
+
+def _tool_call(where: str, call: Mapping[str, Any]) -> Mapping[str, Any]:
     """OpenAI clients send arguments as JSON text; templates read an object."""
-    function = call.get("function") if isinstance(call, Mapping) else None
+    function = call.get("function")
     if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
         return call
     try:
         arguments = json.loads(function["arguments"] or "{}")
     except (ValueError, RecursionError) as error:
-        raise RequestError(f"{where}.tool_calls: arguments must be JSON", param=f"{where}.tool_calls",
-                           found=error) from error
+        raise RequestError(f"{where}: arguments must be JSON", param=where, found=error) from error
     return {**call, "function": {**function, "arguments": arguments}}
 
 

@@ -24,20 +24,21 @@ ELEMENT_UNITS = 16
 MAX_INT_BITS = 4096
 MAX_WIDTH = 16
 MAX_ERROR_CHARS = 2000
+CONTAINERS = (list, tuple, dict)
 
 # No template can write these names: a Jinja identifier has no space.
 BUDGET, EACH, PAID = " budget", " each", " paid"
 
-# What chat templates are known to use, less what takes quadratic time or makes text of a size that a number
-# says.
+# What chat templates use. The rest takes quadratic time, or makes text of a size that a number says, as do
+# the methods below.
 FILTERS = frozenset({
     "abs", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "groupby",
     "indent", "int", "items", "join", "last", "length", "list", "lower", "map", "max", "min", "reject",
     "rejectattr", "replace", "reverse", "round", "safe", "select", "selectattr", "sort", "string", "sum",
     "title", "tojson", "trim", "unique", "upper",
 })
-PADDING_METHODS = frozenset({
-    "center", "expandtabs", "format", "format_map", "ljust", "rjust", "translate", "zfill",
+UNSAFE_STR_METHODS = frozenset({
+    "center", "encode", "expandtabs", "format", "format_map", "ljust", "rjust", "translate", "zfill",
 })
 
 
@@ -74,22 +75,17 @@ class Budget:
     def charge(self, value: object) -> int:
         """Pay for a value with all that is in it; returns its units.
 
-        Paying goes along with walking: lists that hold the same list twice, many times over, have no end in
-            sight.
+        Paying goes along with walking: lists that hold one list twice, many times over, have no end in sight.
         """
-        if isinstance(value, str):
-            self.make(len(value))
-            return len(value)
         total, stack = 0, [value]
         while stack:
             item = stack.pop()
             units = shallow_units(item)
             self.make(units)
             total += units
-            if isinstance(item, (list, tuple)):
-                stack.extend(item)
-            elif isinstance(item, dict):
-                stack.extend(item.values())
+            if isinstance(item, CONTAINERS):
+                parts = item.values() if isinstance(item, dict) else item
+                stack.extend(part for part in parts if isinstance(part, (str, *CONTAINERS)))
         return total
 
     def text(self, value: object) -> str:
@@ -108,7 +104,7 @@ def shallow_units(value: object) -> int:
     """Units of a text or a container without what is inside; 0 for anything else."""
     if isinstance(value, str):
         return len(value)
-    return ELEMENT_UNITS * len(value) if isinstance(value, (list, tuple, dict)) else 0
+    return ELEMENT_UNITS * len(value) if isinstance(value, CONTAINERS) else 0
 
 
 def _budget(context: Context) -> Budget:
@@ -222,19 +218,13 @@ class _Meter(NodeTransformer):
     def _filter(name: str, value: nodes.Node | None, near: nodes.Node) -> nodes.Filter:
         return nodes.Filter(value, name, [], [], None, None, lineno=near.lineno, environment=near.environment)
 
-    def visit_Literal(self, node: nodes.Node) -> nodes.Node:
+    def visit_Result(self, node: nodes.Node) -> nodes.Node:
         return self._filter(PAID, self.generic_visit(node), node)
 
-    visit_List = visit_Dict = visit_Literal
+    visit_List = visit_Dict = visit_Filter = visit_Result
 
     def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
-        return self.visit_Literal(node) if node.ctx == "load" else self.generic_visit(node)
-
-    def visit_Filter(self, node: nodes.Filter) -> nodes.Node:
-        self.generic_visit(node)
-        if node.node is not None:
-            node.node = self._filter(PAID, node.node, node)
-        return self._filter(PAID, node, node)
+        return self.visit_Result(node) if node.ctx == "load" else self.generic_visit(node)
 
     def visit_Output(self, node: nodes.Output | nodes.Concat) -> nodes.Node:
         """Parts are paid before they are put together: a thousand of them could be too many at once."""
@@ -268,15 +258,13 @@ class _GenerationTag(Extension):
 class TemplateEnvironment(ImmutableSandboxedEnvironment):
     """The one environment that chat templates are compiled in; what they see is what transformers gives them.
 
-    Render with `{BUDGET: Budget(...)}` among the variables. Nothing is folded at compile time, when there is
-    no budget.
+    Render with `{BUDGET: Budget(...)}` among the variables.
     """
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, optimized=False,
-                         extensions=[loopcontrols, _GenerationTag])
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationTag])
         self.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
         del self.globals["lipsum"]
         self.filters = {name: f for name, f in self.filters.items() if name in FILTERS} | {
@@ -291,13 +279,13 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         """None leaves `format` to `is_safe_attribute`, which refuses it."""
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        if isinstance(obj, str) and attr in PADDING_METHODS:
+        if isinstance(obj, (int, float)) or (isinstance(obj, str) and attr in UNSAFE_STR_METHODS):
             return False
         return super().is_safe_attribute(obj, attr, value)
 
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         budget = _budget(context)
-        budget.spend(ELEMENT_UNITS)
+        budget.charge((args, kwargs))
         owner = getattr(obj, "__self__", None)
         if isinstance(owner, str) and obj.__name__ in GROWING_METHODS:
             return GROWING_METHODS[obj.__name__](context, owner, *args, **kwargs)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken
+from tokenizers import AddedToken, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from ...plugins.errors import CheckpointError, RequestError
 from .chat_template import ChatRenderer, read_chat_templates
 
+BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 # Formats that transformers turns into a tokenizers.Tokenizer when a folder has no tokenizer.json.
 CONVERTIBLE = ("tokenizer.model", "vocab.json", "tekken.json", "vocab.txt", "spiece.model")
 
@@ -51,6 +53,10 @@ class Tokenizer:
         self._bos_change = self._bos_correction(config.get("add_bos_token"))
         self._anchor = backend.encode("a", add_special_tokens=False).ids[-1:]
         self._token_texts: dict[int, str] = {}
+        self._token_bytes: dict[int, bytes] = {}
+        steps = _decoder_steps(backend)
+        self._byte_letters = _byte_letters() if "ByteLevel" in steps else None
+        self._has_byte_tokens = "ByteFallback" in steps
 
     @classmethod
     def from_folder(cls, folder: Path, *, chat_template: str | None = None) -> Tokenizer:
@@ -80,8 +86,7 @@ class Tokenizer:
         return cls(backend, config, read_chat_templates(folder, config))
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text. `add_special_tokens` adds what the checkpoint puts round a text, as a rule
-        bos.
+        """Token ids of a text. `add_special_tokens` adds what the checkpoint puts round it, as a rule bos.
 
         Special tokens written out in `text` become special tokens. Raises RequestError for a text that is not
         valid Unicode (a lone surrogate).
@@ -111,6 +116,23 @@ class Tokenizer:
                 self._token_texts[token_id] = text
         return text
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token adds to the UTF-8 of a text; of part of a character, the very bytes. b"" for no token."""
+        found = self._token_bytes.get(token_id)
+        if found is None:
+            found = self._raw_bytes(token_id)
+            if 0 <= token_id <= self.max_token_id:
+                self._token_bytes[token_id] = found
+        return found
+
+    def _raw_bytes(self, token_id: int) -> bytes:
+        piece = None if token_id in self.added_tokens or token_id < 0 else self.backend.id_to_token(token_id)
+        if piece is not None and self._byte_letters is not None and self._byte_letters.keys() >= set(piece):
+            return bytes(map(self._byte_letters.__getitem__, piece))
+        if piece is not None and self._has_byte_tokens and (byte := BYTE_TOKEN.fullmatch(piece)):
+            return bytes.fromhex(byte[1])
+        return self.token_text(token_id).encode()
+
     @property
     def has_chat_template(self) -> bool:
         return bool(self._chat.names)
@@ -137,10 +159,10 @@ class Tokenizer:
         return None if token is None else self.backend.token_to_id(token)
 
     def _mark_special(self, tokens: Sequence[str]) -> None:
-        """tokenizer_config.json may name tokens special that tokenizer.json holds as plain ones, as in
-        transformers.
+        """Make tokens that tokenizer_config.json names special so, where tokenizer.json holds plain ones.
 
-        A named token without an id is passed over: giving it one would put it outside the model's embedding.
+        As transformers does, but a named token without an id is passed over: giving it one would put it outside
+        the model's embedding.
         """
         added = self.backend.get_added_tokens_decoder().values()
         special = {token.content for token in added if token.special}
@@ -153,13 +175,28 @@ class Tokenizer:
     def _bos_correction(self, wanted: Any) -> int:
         """1: add bos to what tokenizer.json gives, -1: take it off, 0: leave it.
 
-        `add_bos_token` decides where it is set: DeepSeek-V2 asks for bos there and has a tokenizer.json
-        without.
+        `add_bos_token` decides where it is set: DeepSeek-V2 asks for a bos that its tokenizer.json omits.
         """
         if not isinstance(wanted, bool) or self.bos_token_id is None:
             return 0
         present = self.backend.encode("").ids[:1] == [self.bos_token_id]
         return int(wanted) - int(present)
+
+
+def _decoder_steps(backend: Backend) -> set[str]:
+    """The kinds of decoder that a tokenizer runs its tokens through."""
+    decoder = {} if backend.decoder is None else json.loads(backend.decoder.__getstate__())
+    return {step["type"] for step in decoder.get("decoders", [decoder]) if "type" in step}
+
+
+def _byte_letters() -> dict[str, int]:
+    """The letter that byte-level BPE (GPT-2) writes for each byte.
+
+    Bytes that print in Latin-1 stand for themselves; the others have the letters from U+0100 on, in order.
+    """
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    printing = [ord(letter) for letter in letters if ord(letter) < 256]
+    return dict(zip(letters, [*printing, *sorted(set(range(256)).difference(printing))]))
 
 
 def _convert(folder: Path) -> tuple[Backend, dict[str, Any]]:

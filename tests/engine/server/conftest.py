@@ -59,8 +59,13 @@ class FakeTokenizer:
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
         return "".join(map(chr, token_ids))
 
+    special_ids: frozenset[int] = frozenset()
+
     def token_text(self, token_id: int) -> str:
         return chr(token_id)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return chr(token_id).encode()
 
 
 @dataclass
@@ -77,6 +82,7 @@ class FakeEngine:
     defaults: dict[str, Any] = field(default_factory=dict)
     errored: bool = False
     is_running: bool = True
+    num_unfinished: int = 0
     layout: Any = None
     tokenizer: FakeTokenizer | None = field(default_factory=FakeTokenizer)
     seen: list[dict[str, Any]] = field(default_factory=list)

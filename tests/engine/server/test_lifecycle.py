@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from nybble.engine.server.args import ServerArgs
-from nybble.engine.server.listen import bind, url
+from nybble.engine.server.listen import bind, listening, url
 from nybble.plugins.errors import PortInUseError, UsageError
 
 PROGRAM = """
@@ -177,15 +177,22 @@ def test_a_taken_port_names_its_owner():
 
 def test_a_unix_socket_is_private_and_replaced_only_when_dead(tmp_path):
     args = ServerArgs(uds=str(tmp_path / "s"))
-    with bind(args) as sock:
+    with listening(args) as sock:
         assert (tmp_path / "s").stat().st_mode & 0o777 == 0o600 and url(args, sock) == f"unix:{args.uds}"
         with pytest.raises(PortInUseError):
             bind(args)
+    assert not (tmp_path / "s").exists()
     bind(args).close()
-    (tmp_path / "file").write_text("precious")
-    with pytest.raises(PortInUseError):
-        bind(ServerArgs(uds=str(tmp_path / "file")))
-    assert (tmp_path / "file").read_text() == "precious"
+    with listening(args):
+        (tmp_path / "s").unlink()
+        (tmp_path / "s").write_text("another's")
+    assert (tmp_path / "s").read_text() == "another's"
+    for name in ("s", ".", "broken link"):
+        if name == "broken link":
+            (tmp_path / name).symlink_to("nowhere")
+        with pytest.raises(UsageError, match="is not a socket"):
+            bind(ServerArgs(uds=str(tmp_path / name)))
+    assert (tmp_path / "s").read_text() == "another's"
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,58 @@ def test_header_bombs_are_refused(tight, bomb):
     assert tight.http.get("/health").status_code == 200
 
 
+@pytest.mark.parametrize("size, status", [(60_000, 200), (66_000, 400)])
+def test_the_bound_on_heads_holds_for_one_that_comes_whole(tight, size, status):
+    """In one write, which a Unix socket or a fast loopback delivers as one read; and many small headers as one."""
+    for filler in (b"x: " + b"a" * size, b"\r\n".join([b"x: " + b"a" * 15] * (size // 20))):
+        answer = talk(tight, b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n" + filler + b"\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 %d " % status)
+
+
+@pytest.mark.parametrize("target, status", [
+    (b"http://x/health", 200), (b"HTTPS://me@x:80/health?a=http://y", 200), (b"http://x", 404), (b"http://x?a", 404),
+    (b"/http://x/health", 404),
+])  # fmt: skip
+def test_absolute_targets_mean_their_path(tight, target, status):
+    answer = talk(tight, b"GET " + target + b" HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 %d " % status)
+
+
+UNREAD = [(b"GET /health", 200), (b"GET /nowhere", 404), (b"POST /health", 405), (b"POST /metrics", 405)]
+
+
+@pytest.mark.parametrize("start, status", UNREAD)
+def test_an_unread_body_may_neither_trickle_nor_flood(tight, monkeypatch, start, status):
+    monkeypatch.setattr("nybble.engine.server.connection.LINGER_SECONDS", 0.3)
+    head = start + b" HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+    for chunk, pause, most in ((b"1\r\nx\r\n", 0.05, 0.35), (b"400\r\n" + b"x" * 1024 + b"\r\n", 0.02, 0.2)):
+        with socket.create_connection(tight.address, timeout=3) as sock:
+            sock.sendall(head)
+            assert sock.recv(1000).startswith(b"HTTP/1.1 %d " % status)
+            began = time.monotonic()
+            with pytest.raises(OSError):
+                while time.monotonic() < began + 2:
+                    sock.sendall(chunk)
+                    time.sleep(pause)
+            assert time.monotonic() - began < most + 0.3
+
+
+def test_an_unread_body_that_ends_in_time_keeps_the_connection(serve, monkeypatch):
+    monkeypatch.setattr("nybble.engine.server.connection.LINGER_SECONDS", 0.2)
+    with socket.create_connection(serve().address, timeout=3) as sock:
+        for late in (b"ab", b"c"):
+            sock.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(late))
+            assert sock.recv(1000).startswith(b"HTTP/1.1 200")
+            sock.sendall(late)
+            time.sleep(0.3)
+        sock.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\ncontent-length: 1\r\n\r\n")
+        assert sock.recv(1000).startswith(b"HTTP/1.1 200")
+        sock.sendall(b"x" + POST + b"content-length: 15\r\n\r\n{")  # the next request is no unread body
+        time.sleep(0.3)
+        sock.sendall(b'"prompt": "a"}')
+        assert sock.recv(1000).startswith(b"HTTP/1.1 200")
+
+
 @pytest.mark.parametrize(
     "junk",
     [
@@ -110,6 +162,11 @@ def test_header_bombs_are_refused(tight, bomb):
 )
 def test_what_is_not_http_gets_an_error_object(tight, junk):
     assert error(talk(tight, junk), 400)["code"] == "invalid_http"
+
+
+def test_a_broken_chunk_behind_an_answer_ends_the_connection(tight, caplog):
+    answer = talk(tight, b"GET /health HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n", b"", b"ZZ\r\n")
+    assert answer.count(b"HTTP/1.1") == 1 and "data_received" not in caplog.text
 
 
 def test_a_broken_chunk_is_refused(tight):

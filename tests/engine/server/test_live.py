@@ -104,6 +104,15 @@ def test_an_echoed_prompt_is_scored(live):
     assert all(len(top) in (2, 3) for top in scores.top_logprobs[1:])
 
 
+def test_bytes_of_characters_are_scored_apart(live):
+    answer = live.openai.completions.create(**{**ASK, "prompt": "é=中", "max_tokens": 1}, echo=True, logprobs=3)
+    scores = answer.choices[0].logprobs
+    assert scores.tokens[:-1] == [*(rf"bytes:\x{byte:x}" for byte in b"\xc3\xa9"), "=",
+                                  *(rf"bytes:\x{byte:x}" for byte in "中".encode())]
+    assert scores.text_offset == [0, 0, 1, 2, 2, 2, 3]
+    assert all(len(top) in (3, 4) for top in scores.top_logprobs[1:])
+
+
 def test_samples_differ_and_are_numbered(live):
     answer = live.openai.completions.create(**{**ASK, "temperature": 1.5}, n=4, seed=1)
     assert [c.index for c in answer.choices] == [0, 1, 2, 3] and len({c.text for c in answer.choices}) > 1

@@ -13,7 +13,7 @@ def test_no_text_and_no_key_in_the_log(serve, caplog, dead):
     caplog.set_level(logging.DEBUG)
     faults = [{}, {1: ValueError(CANARY)}, {1: dead}, {0: RuntimeError(CANARY)}]
     for fault in faults:
-        live = serve(at=fault, text=f"xx{CANARY}", args={"api_keys": (KEY,)})
+        live = serve(at=fault, text=f"xx{CANARY}", args={"api_keys": (KEY,), "enable_log_requests": True})
         live.http.headers["authorization"] = f"Bearer {KEY}"
         for stream in (False, True):
             message = {"role": "user", "content": CANARY}
@@ -60,6 +60,15 @@ def test_the_access_log_can_be_left_out(serve, caplog):
     caplog.set_level(logging.INFO, "nybble")
     serve(args={"disable_access_log": True}).http.get("/v1/models")
     assert not [r for r in caplog.records if "/v1/models" in r.getMessage()]
+
+
+def test_requests_are_logged_when_asked_for(serve, caplog):
+    caplog.set_level(logging.INFO, "nybble")
+    for on in (False, True):
+        live = serve(args={"enable_log_requests": on})
+        live.post("/v1/completions", prompt="abc", max_tokens=3, temperature=0.5, request_id=f"asked-{on}")
+    [line] = [r.getMessage() for r in caplog.records if r.getMessage().startswith("request ")]
+    assert "asked-True" in line and "3 prompt tokens, n=1 max_tokens=3 temperature=0.5 top_p=1" in line
 
 
 def test_metrics_count_and_name_no_one(server):

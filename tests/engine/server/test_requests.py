@@ -6,6 +6,7 @@ import httpx
 import pytest
 from starlette.responses import PlainTextResponse
 
+from nybble.engine.metrics import StepStats
 from nybble.engine.request import RequestOutputKind
 from nybble.plugins.errors import RequestError
 
@@ -61,8 +62,13 @@ REFUSED = [
     (CHAT, {"messages": [{"role": "user", "content": 3}]}, "messages[0].content", None),
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]},
      "messages[0].content", None),
+    *((CHAT, {"messages": [{"role": "assistant", "content": "a", "tool_calls": calls}]}, "messages[0].tool_calls",
+       None) for calls in (5, [5], {}, "x")),
     (CHAT, {"messages": USER, "max_tokens": 100}, "max_tokens", LIMIT),
-    (CHAT, {"messages": [{"role": "user", "content": "a" * 64}]}, "prompt", LIMIT),
+    (CHAT, {"messages": USER, "max_tokens": 0}, "max_tokens", None),
+    (CHAT, {"messages": USER, "max_completion_tokens": 100, "max_tokens": 1}, "max_completion_tokens", LIMIT),
+    (CHAT, {"messages": USER, "max_completion_tokens": 0}, "max_completion_tokens", None),
+    (CHAT, {"messages": [{"role": "user", "content": "a" * 64}]}, "messages", LIMIT),
     (CHAT, {"messages": [{"role": "user", "content": "a" * 2000}]}, "messages", LIMIT),
     (CHAT, {"messages": USER, "top_logprobs": 2}, "top_logprobs", None),
     (CHAT, {"messages": USER, "logprobs": True, "top_logprobs": 21}, "top_logprobs", None),
@@ -122,6 +128,50 @@ def test_the_queue_being_full_is_429(serve):
     live = serve(at={0: RequestError("the queue is full", code="engine_overloaded")})
     response = live.post(TEXT, prompt="a")
     assert error(response, 429)["type"] == "rate_limit_error" and response.headers["retry-after"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path, param, sent", [
+    (CHAT, "logprobs", "top_logprobs"), (CHAT, "bad_words", "bad_words"), (TEXT, "logprobs", "logprobs"),
+    (TEXT, "stop_token_ids", "stop_token_ids"),
+])
+def test_what_the_engine_refuses_has_the_name_that_the_client_sent(serve, path, param, sent, stream):
+    live = serve(at={0: RequestError(f"{param} is at most 128 here", param=param, code="too_many")})
+    body = {"messages": USER} if path == CHAT else {"prompt": ["a", "bc"]}
+    found = error(live.post(path, **body, stream=stream), 400)
+    assert (found["param"], found["code"]) == (sent, "too_many") and found["message"].startswith(sent)
+
+
+def test_parameters_are_checked_once_for_prompts_of_one_length(server):
+    server.post(TEXT, prompt=["a", "b", "c" * 50], stop=["x"])
+    first, second, other = (seen["params"] for seen in server.engine.seen[-3:])
+    assert first is second and (first.max_tokens, other.max_tokens) == (16, 14)
+
+
+def test_an_engine_that_stands_still_is_503(serve):
+    live, now = serve(), 1000.0
+    stalled = "engine_stalled"
+    live.app.state.api.heartbeat.clock = lambda: now
+
+    def later(seconds: float, *, new: int = 0, gone: int = 0, **levels: int) -> str | None:
+        """The code of /health, `seconds` after requests came or went or a step left these levels."""
+        nonlocal now
+        for _ in range(new):
+            live.post(TEXT, prompt="a")
+        live.engine.num_unfinished += new - gone
+        for listener in live.engine.listeners if levels else ():
+            listener(StepStats(**levels))
+        now += seconds
+        response = live.http.get("/health")
+        return None if response.status_code == 200 else error(response, 503)["code"]
+
+    assert later(99) is None  # idle
+    assert later(9, new=1) is None and later(2, new=1) == stalled
+    assert later(9, num_running=1, num_waiting=1) is None and later(2) == stalled
+    assert later(99, num_running=0) is None  # a slow reader has not taken its last output
+    assert later(11, new=1) == stalled
+    assert later(99, gone=3) is None  # aborted: no step will come
+    assert later(9, new=1) is None and later(2) == stalled
 
 
 def test_a_dead_engine_is_503(serve, dead):

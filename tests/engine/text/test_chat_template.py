@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import time
+import tracemalloc
 
 import pytest
 
@@ -88,6 +89,8 @@ def test_tool_arguments_are_parsed() -> None:
     ([USER, {"content": "x"}], {}, "messages[1]", "object with a role"),
     ([{"role": "user", "content": 5}], {}, "messages[0].content", "a text or a list"),
     ([{"role": "user", "content": [{"type": "image_url"}]}], {}, "messages[0].content", "image_url"),
+    *(([{"role": "a", "tool_calls": calls}], {}, "messages[0].tool_calls", "must be a list of objects")
+      for calls in (5, [5], {}, [{}, "x"])),
     ([{"role": "a", "tool_calls": [{"function": {"arguments": "{"}}]}], {}, "messages[0].tool_calls",
      "must be JSON"),
     ([USER], {"continue_final_message": True}, "continue_final_message", "exclude each other"),
@@ -125,61 +128,82 @@ def test_a_broken_template_is_the_requests_error(template: str, found: str) -> N
 
 
 DOUBLE = "{% set n = namespace(x=START) %}{% for i in range(60) %}{% set n.x = STEP %}{% endfor %}{{ n.x }}"
-HOSTILE = {
+LONG = {
     "nested loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "nested loops over one list": "{% set r = range(9999)|list %}{% for a in r %}{% for b in r %}"
+                                  "{% for c in r %}{% endfor %}{% endfor %}{% endfor %}",
     "recursive macro":
         "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
-    "endless macro": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-    "recursive loop": "{% for x in [1, 1] recursive %}{{ loop([1, 1]) }}{% endfor %}",
+    "lists of lists": DOUBLE.replace("START", "[1]").replace("STEP", "[n.x, n.x]"),
+    "dicts of dicts": DOUBLE.replace("START", "1").replace("STEP", "dict(a=n.x, b=n.x)"),
+    "compare lists": DOUBLE.replace("n.x = STEP", "n.x = [n.x, n.x] %}{% set n.y = [n.y, n.y]").replace(
+        "x=START", "x=[1], y=[1]").replace("{{ n.x }}", "{{ n.x == n.y }}"),
+    "arguments of arguments": "{% macro f(n) %}{% if n %}{{ f(n - 1, varargs, varargs) }}{% else %}"
+                              "{{ varargs == kwargs }}{% endif %}{% endmacro %}{{ f(60, 1) }}",
+}
+LARGE = {
     "repeat": "{{ 'a' * 10**9 }}",
     "repeat a constant": "{{ 1000000000 * 'a' }}",
     "repeat a list": "{{ [1] * 10**9 }}",
-    "power": "{{ 2 ** 1000000000 }}",
-    "big square": DOUBLE.replace("START", "10**1000").replace("STEP", "n.x * n.x"),
-    "range": "{{ range(10**9)|list }}",
+    "repeated lists of lists": DOUBLE.replace("START", "[1]").replace("STEP", "[n.x] * 1000"),
     "add": DOUBLE.replace("START", "'ab'").replace("STEP", "n.x + n.x"),
+    "add lists": DOUBLE.replace("START", "[1]").replace("STEP", "n.x + n.x"),
     "concatenate": DOUBLE.replace("START", "'ab'").replace("STEP", "n.x ~ n.x"),
     "concatenate many": "{% set x = 'a' * 4000000 %}{{ " + "~".join("x" * 500) + " }}",
-    "lists of lists": DOUBLE.replace("START", "[1]").replace("STEP", "[n.x, n.x]"),
-    "dicts of dicts": DOUBLE.replace("START", "1").replace("STEP", "dict(a=n.x, b=n.x)"),
-    "repeated lists of lists": DOUBLE.replace("START", "[1]").replace("STEP", "[n.x] * 1000"),
     "block": DOUBLE.replace("START", "'ab'").replace(
         "{% set n.x = STEP %}", "{% set y %}{{ n.x }}{{ n.x }}{% endset %}{% set n.x = y %}"),
+    "split block": "{% set y %}{% for i in range(6000) %}{{ 'abc' * 1300 }}{% endfor %}{% endset %}"
+                   "{{ y.split('c')|length }}",
+    "macro": "{% macro f(x) %}{{ x }}{{ x }}{% endmacro %}" + DOUBLE.replace("START", "'ab'").replace("STEP", "f(n.x)"),
     "output": "{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}",
-    "long block": "{% set y %}{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}{% endset %}",
     "replace": "{{ ('a' * 1000000).replace('a', 'b' * 1000) }}",
     "replace nothing": "{{ ('a' * 1000000)|replace('', 'b' * 1000) }}",
-    "join": "{{ ('b' * 1000000).join(range(99999)|map('string')) }}",
-    "join defaults": "{{ range(99999)|map(attribute='no', default='b' * 1000000)|join }}",
-    "sum of lists": "{{ ([[0]] * 100000)|sum(start=[]) }}",
-    "indent": "{{ 'a\nb'|indent(10**9) }}", "json indent": "{{ [1]|tojson(indent=10**9) }}",
-    "json": "{{ (['x' * 1000000] * 1000)|tojson }}", "round": "{{ 5|round(-10**9) }}",
-    "pad": "{{ 'a'.ljust(10**9) }}", "center": "{{ 'a'|center(10**9) }}", "wrap": "{{ 'a'|wordwrap(1) }}",
-    "format": "{{ '{:1000000000}'.format(1) }}", "percent": "{{ '%1000000000d' % 1 }}",
-    "lorem": "{{ lipsum(9999) }}", "class": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-    "globals": "{{ raise_exception.__globals__.x }}",
-    "attribute": "{{ messages|map(attribute='__class__.__init__.__globals__')|list|first|length }}",
-    "mutate": "{{ messages.append(1) }}", "format method": "{{ '{0.__class__}'.format_map({}) }}",
-    "long error": "{{ raise_exception('x' * 10000000) }}", "layout": "{{ strftime_now('%c' * 1000000) }}",
+    "join": "{{ ('b' * 100000).join(range(9999)|map('string')) }}",
+    "join defaults": "{{ range(9999)|map(attribute='no', default='b' * 100000)|join }}",
+    "indent": "{{ 'a\nb'|indent(10**9) }}",
+    "fromkeys": "{{ dict.fromkeys(range(9999), 'b' * 100000)|tojson }}",
+    "json": "{{ (['x' * 1000000] * 1000)|tojson }}",
+}
+FORBIDDEN = {
+    "{{ raise_exception(['x' * 1000000] * 9) }}": "more text", "{{ [1]|tojson(indent=10**9) }}": "no width",
+    "{{ 5|round(-10**9) }}": "no width", "{{ strftime_now('%c' * 1000000) }}": "no width",
+    "{{ ([[0]] * 100)|sum(start=[]) }}": "numbers only", "{{ range(10**9)|list }}": "MAX_RANGE",
+    "{{ 2 ** 1000000000 }}": "4096 bits", DOUBLE.replace("START", "9**99").replace("STEP", "n.x * n.x"): "4096 bits",
+    "{{ 'a'.ljust(10**9) }}": "unsafe", "{{ 'a'|center(10**9) }}": "No filter", "{{ 'a'|wordwrap(1) }}": "No filter",
+    "{{ '{:1000000000}'.format(1) }}": "unsafe", "{{ '{0.__class__}'.format_map({}) }}": "unsafe",
+    "{{ 'a'.encode() * 10**9 }}": "unsafe", "{{ (1).to_bytes(10**9, 'big') }}": "unsafe",
+    "{{ '%1000000000d' % 1 }}": "join texts with ~", "{{ lipsum(9999) }}": "undefined",
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}": "unsafe", "{{ raise_exception.__globals__.x }}": "unsafe",
+    "{{ messages|map(attribute='__class__.__init__')|list|first|length }}": "unsafe",
+    "{{ messages.append(1) }}": "unsafe", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "recursion",
+    "{% for x in [1, 1] recursive %}{{ loop([1, 1]) }}{% endfor %}": "recursion",
 }
 
 
-@pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_template_ends_soon_and_small(name: str) -> None:
-    import tracemalloc
-
-    renderer = ChatRenderer({"default": HOSTILE[name]}, {}, seconds=0.1)
-    tracemalloc.start()
+@pytest.mark.parametrize("name", LONG)
+def test_a_template_that_would_not_end_is_ended(name: str) -> None:
     started = time.monotonic()
+    with pytest.raises(RequestError, match=r"runs longer than|more text"):
+        render(LONG[name], seconds=0.2)
+    assert time.monotonic() - started < 3, "three renderings: two that probe the template, one of the conversation"
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_template_that_would_fill_memory_is_stopped_before(name: str) -> None:
+    tracemalloc.start()
     try:
-        with pytest.raises(RequestError) as refusal:
-            renderer.render([USER])
-        peak = tracemalloc.get_traced_memory()[1]
+        with pytest.raises(RequestError, match=r"more text than a prompt can hold|writes more"):
+            render(LARGE[name], seconds=30)
+        assert tracemalloc.get_traced_memory()[1] < 200 << 20
     finally:
         tracemalloc.stop()
-    assert refusal.value.code == "chat_template_error"
-    assert time.monotonic() - started < 5, "three renderings: two probes and the conversation"
-    assert peak < 400 << 20 and len(str(refusal.value)) < 5000
+
+
+@pytest.mark.parametrize("template", FORBIDDEN)
+def test_what_templates_may_not_do(template: str) -> None:
+    with pytest.raises(RequestError, match=FORBIDDEN[template]) as refusal:
+        render(template)
+    assert refusal.value.code == "chat_template_error" and len(str(refusal.value)) < 5000
 
 
 def test_a_long_conversation_is_within_the_bounds() -> None:

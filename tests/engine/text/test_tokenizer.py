@@ -87,7 +87,9 @@ def test_truncation_and_padding_of_tokenizer_json_are_switched_off(tmp_path: Pat
     backend.enable_padding(length=50)
     backend.save(str(tmp_path / "tokenizer.json"))
     tokenizer = Tokenizer.from_folder(tmp_path)
-    assert tokenizer.decode(tokenizer.encode("def f(x): the cat")) == "def f(x): the cat"
+    backend.no_truncation()
+    backend.no_padding()
+    assert tokenizer.encode("def f(x): the cat") == backend.encode("def f(x): the cat").ids
 
 
 def test_token_text_is_how_a_token_reads_inside_a_text(tokenizers: dict[str, Tokenizer]) -> None:
@@ -98,6 +100,22 @@ def test_token_text_is_how_a_token_reads_inside_a_text(tokenizers: dict[str, Tok
         ids = [tokenizer.backend.token_to_id(token) for token, _ in pairs]
         assert [tokenizer.token_text(i) for i in ids] == [text for _, text in pairs]
         assert tokenizer.token_text(tokenizer.vocab_size + 100) == ""
+
+
+def test_token_bytes_joined_are_the_text(tokenizers: dict[str, Tokenizer]) -> None:
+    text = " naïve 中文 😀\n\x00Ġ"
+    for name, space in (("byte_level", b""), ("byte_fallback", b" ")):
+        tokenizer = tokenizers[name]
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert b"".join(map(tokenizer.token_bytes, ids)) == space + text.encode()
+    by_name = {"byte_level": [("Ã", b"\xc3"), ("Ġ", b" "), ("Ā", b"\0"), ("a", b"a"), ("</s>", b"</s>")],
+               "byte_fallback": [("<0xE4>", b"\xe4"), ("<0x0A>", b"\n"), ("▁ab", b" ab"), ("<s>", b"<s>")],
+               "word": [("cat", b" cat"), ("naïve", " naïve".encode())]}
+    for name, pairs in by_name.items():
+        tokenizer = tokenizers[name]
+        for token, expected in pairs:
+            assert tokenizer.token_bytes(tokenizer.backend.token_to_id(token)) == expected
+        assert tokenizer.token_bytes(tokenizer.vocab_size + 100) == b""
 
 
 @pytest.mark.parametrize(("files", "message"), [
