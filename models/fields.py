@@ -19,7 +19,7 @@ INERT = frozenset(
     early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p
     repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
     num_return_sequences forced_bos_token_id forced_eos_token_id remove_invalid_values
-    exponential_decay_length_penalty suppress_tokens begin_suppress_tokens prefix pruned_heads
+    exponential_decay_length_penalty suppress_tokens begin_suppress_tokens prefix
     tf_legacy_loss use_bfloat16""".split()
 )
 
@@ -95,7 +95,7 @@ class Fields:
         unread = {
             name: value for name, value in self.raw.items()
             if name not in self._read and name not in INERT and not name.startswith("_")
-            and value is not None and value is not False
+            and value is not None and value is not False and value != {}
         }
         if unread:
             name = min(unread)

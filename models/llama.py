@@ -29,9 +29,11 @@ class LlamaConfig:
         self.attention_bias = f.flag("attention_bias", False)
         self.mlp_bias = f.flag("mlp_bias", False)
         self.tied = f.flag("tie_word_embeddings", False)
-        if f.raw.get("model_type") == "mistral":
+        f.expect("is_causal", True)
+        self.sliding_window = None
+        if f.raw.get("model_type") == "mistral":  # transformers' Llama has no window, whatever the field says
             f.require("sliding_window")  # null and absent differ there: transformers reads absent as 4096
-        self.sliding_window = f.integer("sliding_window", None)
+            self.sliding_window = f.integer("sliding_window", None)
         self.rope = RopeConfig.read(f)
         f.finish()
 

@@ -18,6 +18,7 @@ class Qwen2Config:
 
     def __init__(self, f: Fields) -> None:
         f.expect("hidden_act", "silu")
+        f.expect("is_causal", True)
         self.vocab = f.integer("vocab_size")
         self.hidden = f.integer("hidden_size")
         self.intermediate = f.integer("intermediate_size")
@@ -35,8 +36,9 @@ class Qwen2Config:
 def layer_windows(f: Fields, layers: int) -> list[int | None]:
     """Each layer's window: by `layer_types`, else from `max_window_layers` on, and only with `use_sliding_window`."""
     on = f.flag("use_sliding_window", False)
-    window, first = f.integer("sliding_window", 4096), f.integer("max_window_layers", 28, zero=True)
-    if not on:
+    window = f.integer("sliding_window", None if "sliding_window" in f.raw else 4096)
+    first = f.integer("max_window_layers", 28, zero=True)
+    if not on or window is None:
         f.expect("layer_types", ["full_attention"] * layers)
         return [None] * layers
     kinds = f.layer_types(layers)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from ...models import CausalLM, Fields, Make
+from ...plugins.errors import CheckpointError
 from ...plugins.manager import PluginHost
 from ..config import EngineConfig
 from .base import LoadReport, WeightLoader
@@ -26,6 +27,10 @@ def get_model(config: EngineConfig, host: PluginHost, device: torch.device) -> L
 
     Raises CheckpointError naming each field or tensor that does not fit; PluginError when a plugin's part is broken.
     """
+    if config.model.quantization is not None:
+        raise CheckpointError("quantized weights are not implemented in this release",
+                              found=f"quantization {config.model.quantization}",
+                              fix="serve a checkpoint in 16 or 32 bits")
     dtype = getattr(torch, config.model.dtype)
     model_class = host.resolve("model", config.model.architecture)
     make = Make(dtype=dtype, device=device, max_len=config.model.max_model_len)

@@ -99,9 +99,10 @@ class GPUWorker:
         limits = self.config.scheduler
         length = max(1, min(limits.max_num_batched_tokens, self.config.model.max_model_len - DUMMY_OUTPUTS))
         block_size = self.config.cache.block_size
-        blocks = 1 + -(-limits.max_num_batched_tokens // block_size) + limits.max_num_seqs
+        count = max(1, min(limits.max_num_batched_tokens // length, limits.max_num_seqs))
+        blocks = 1 + count * -(-(length + DUMMY_OUTPUTS) // block_size)
         self._build_runner(KVCacheLayout(num_blocks=blocks, block_size=block_size, groups=self.kv_cache_groups()))
-        self._run_dummy(length, limits.max_num_batched_tokens)
+        self._run_dummy(length, count)
         self.runner = None
 
     def initialize_cache(self, layout: KVCacheLayout) -> None:
@@ -133,13 +134,12 @@ class GPUWorker:
         assert self.layout is not None
         limits = (16, self.config.scheduler.max_num_batched_tokens, self.layout.max_tokens - DUMMY_OUTPUTS)
         if (length := min(*limits, self.config.model.max_model_len - DUMMY_OUTPUTS)) > 0:
-            self._run_dummy(length, length)
+            self._run_dummy(length, 1)
 
-    def _run_dummy(self, length: int, total: int) -> None:
-        """Prompts of `length` tokens, `total` in all, then one decode step, through the real path."""
+    def _run_dummy(self, length: int, count: int) -> None:
+        """`count` prompts of `length` tokens, then one decode step, through the real path."""
         assert self.runner is not None
-        block_size, limits = self.config.cache.block_size, self.config.scheduler
-        count = max(1, min(total // length, limits.max_num_seqs))
+        block_size = self.config.cache.block_size
         per_request = -(-(length + DUMMY_OUTPUTS) // block_size)
         new = [
             NewRequest(request_id=f"warm-up-{i}", token_ids=[0] * length, num_prompt_tokens=length,

@@ -38,6 +38,8 @@ REFUSED = {
     "two thetas": (dict(rope_parameters={"rope_type": "default", "rope_theta": 5.0}), "rope_theta"),
     "two scalings": (dict(rope_scaling={"type": "linear", "factor": 2.0},
                           rope_parameters={"rope_type": "linear", "factor": 4.0}), "disagree"),
+    "window on a Llama": (dict(sliding_window=4), "sliding_window"),
+    "not causal": (dict(is_causal=False), "is_causal"),
     "mistral without window": (dict(model_type="mistral"), "sliding_window"),
 }
 
@@ -71,6 +73,7 @@ def test_qwen2_windows():
     on = dict(use_sliding_window=True, sliding_window=8)
     assert windows(build(Qwen2ForCausalLM, use_sliding_window=False, sliding_window=8)) == [None, None]
     assert windows(build(Qwen2ForCausalLM, **on, max_window_layers=1)) == [None, 8]
+    assert windows(build(Qwen2ForCausalLM, use_sliding_window=True, sliding_window=None)) == [None, None]
     assert windows(build(Qwen2ForCausalLM, **on, max_window_layers=0)) == [8, 8]
     kinds = ["sliding_attention", "full_attention"]
     assert windows(build(Qwen2ForCausalLM, **on, layer_types=kinds)) == [8, None]
