@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable
@@ -34,7 +33,7 @@ from .core.messages import (
     ToCore,
 )
 from .demo import resolve_demo
-from .llm_engine import load_tokenizer, servable_config
+from .llm_engine import load_tokenizer, raise_refusal, servable_config
 from .metrics import StepStats
 from .plan import KVCacheLayout
 from .request import EngineCoreOutput, RequestOutput, SamplingParams
@@ -55,6 +54,7 @@ class Collector:
         self._output: RequestOutput | None = None
         self._error: Exception | None = None
         self._arrived = asyncio.Event()
+        self.aborted = False
 
     def put(self, output: RequestOutput) -> None:
         self._output = output if self._output is None else merge_deltas(self._output, output)
@@ -106,6 +106,7 @@ class AsyncLLM:
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
         self._handle = EngineProcessHandle()
         try:
             self._socket.bind(self._handle.address)
@@ -113,14 +114,14 @@ class AsyncLLM:
             ready = await self._first_message(self._handle)
             if isinstance(ready, Failed):
                 raise ready.as_error()
+            assert isinstance(ready, Ready)
+            self.config = servable_config(self.config, ready.layout)
+            self.input_processor = InputProcessor(self.config, self.tokenizer)
+            self.output_processor = OutputProcessor(self.tokenizer)
         except BaseException:
             await self.shutdown(0.0)
             raise
-        assert isinstance(ready, Ready)
         self.layout = ready.layout
-        self.config = servable_config(self.config, ready.layout)
-        self.input_processor = InputProcessor(self.config, self.tokenizer)
-        self.output_processor = OutputProcessor(self.tokenizer)
         self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._watch(self._handle))]
 
     async def _first_message(self, handle: EngineProcessHandle) -> FromCore:
@@ -148,6 +149,7 @@ class AsyncLLM:
             while not finished:
                 output = await collector.get()
                 finished = output.finished
+                raise_refusal(output)
                 yield output
         finally:
             self._collectors.pop(request_id, None)
@@ -170,14 +172,23 @@ class AsyncLLM:
             else:
                 processed = self.input_processor.process(request_id, prompt, params, priority=priority,
                                                          cache_salt=cache_salt, arrival_time=time.monotonic())
-            self._send(Add(self.output_processor.add_request(processed)))
+            if self.dead_error is not None:  # it died while a thread tokenized
+                raise self.dead_error
+            children = self.output_processor.add_request(processed)
         except BaseException:
             del self._collectors[request_id]
             raise
+        if collector.aborted:  # while a thread tokenized
+            await self.abort(request_id)
+        else:
+            for child in children:
+                self._send(Add([child]))
         return collector
 
     async def abort(self, request_id: str) -> None:
         """End a request; its stream gets a last output with finish_reason "abort"."""
+        if (collector := self._collectors.get(request_id)) is not None:
+            collector.aborted = True
         for output in self._abort([request_id]):
             if (collector := self._collectors.get(output.request_id)) is not None:
                 collector.put(output)
@@ -189,30 +200,38 @@ class AsyncLLM:
         return outputs
 
     async def _receive(self) -> None:
-        """Hand each message on; the only reader of the socket."""
-        while True:
-            message: FromCore = self._decoder.decode(await self._socket.recv())
-            if isinstance(message, Outputs):
-                await self._dispatch(message.outputs)
-                self._stats = message.stats
-                for listener in self._listeners:
+        """Hand each message on; the only reader of the socket. Without it nobody would ever hear of anything, so
+        whatever it fails on ends the engine."""
+        try:
+            while True:
+                await self._handle_message(self._decoder.decode(await self._socket.recv()))
+        except Exception as error:
+            log.exception("the front end failed")
+            self._die(EngineDeadError(f"the front end failed on {type(error).__name__}: {error}"))
+
+    async def _handle_message(self, message: FromCore) -> None:
+        if isinstance(message, Outputs):
+            await self._dispatch(message.outputs)
+            self._stats = message.stats
+            for listener in self._listeners:
+                try:
                     listener(message.stats)
-            elif isinstance(message, Reply):
-                self._calls.pop(message.call_id).set_result(message.value)
-            elif isinstance(message, Failed):
-                error = message.as_error()
-                self._die(error if isinstance(error, EngineDeadError) else EngineDeadError(str(error)))
+                except Exception:
+                    log.exception("a stats listener failed and is dropped")
+                    self._listeners.remove(listener)
+                    break
+        elif isinstance(message, Reply):
+            call = self._calls.pop(message.call_id, None)
+            if call is not None and not call.done():
+                call.set_result(message.value)
+        elif isinstance(message, Failed):
+            error = message.as_error()
+            self._die(error if isinstance(error, EngineDeadError) else EngineDeadError(str(error)))
 
     async def _dispatch(self, outputs: list[EngineCoreOutput]) -> None:
         """Process a step's outputs a few at a time, so that a large batch does not hold the event loop."""
         for at in range(0, len(outputs), OUTPUTS_PER_TURN):
-            chunk = outputs[at : at + OUTPUTS_PER_TURN]
-            for refused in [o for o in chunk if o.error_code is not None]:
-                user_id = self.output_processor.user_id(refused.request_id)
-                self._abort([user_id])
-                if (collector := self._collectors.get(user_id)) is not None:
-                    collector.fail(RequestError(refused.error or "refused", code=refused.error_code))
-            processed = self.output_processor.process([o for o in chunk if o.error_code is None], time.monotonic())
+            processed = self.output_processor.process(outputs[at : at + OUTPUTS_PER_TURN], time.monotonic())
             for output in processed.request_outputs:
                 if (collector := self._collectors.get(output.request_id)) is not None:
                     collector.put(output)
@@ -230,13 +249,18 @@ class AsyncLLM:
     def _die(self, error: EngineDeadError) -> None:
         if self.dead_error is not None:
             return
-        self.dead_error = error
         log.error("%s", error)
         self.output_processor.fail_all(str(error))
+        self._fail_everyone(error)
+
+    def _fail_everyone(self, error: EngineDeadError) -> None:
+        """Tell every stream and call that waits, and whoever comes later."""
+        self.dead_error = error
         for collector in self._collectors.values():
             collector.fail(error)
         for call in self._calls.values():
-            call.set_exception(error)
+            if not call.done():
+                call.set_exception(error)
         self._calls.clear()
 
     @property
@@ -274,21 +298,16 @@ class AsyncLLM:
         """End the engine process: `timeout` seconds to finish its step, then killed. Idempotent."""
         for task in self._tasks:
             task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks = []
         if self._handle is None:
             return
         handle, self._handle = self._handle, None
-        if self.layout is not None and handle.exit_code is None:
+        running = self.layout is not None and self.dead_error is None
+        if running:
             self._send(Shutdown())
-        await asyncio.to_thread(handle.stop, timeout if self.layout is not None else 0.0)
+        await asyncio.to_thread(handle.stop, timeout if running else 0.0)
         if self.dead_error is None:
-            self._die_quietly()
+            self._fail_everyone(EngineDeadError("the engine was shut down"))
         self._socket.close()
         self._context.term()
-
-    def _die_quietly(self) -> None:
-        self.dead_error = EngineDeadError("the engine was shut down")
-        for collector in self._collectors.values():
-            collector.fail(self.dead_error)

@@ -24,6 +24,7 @@ DEMO_NOTICE = "nybble-demo is a toy model with random weights: what it writes is
 # Part of the folder's name: a change to what is written here must change it.
 DEMO_VERSION = "random-1"
 SPECIALS = ("<|begin_of_text|>", "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
+FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -57,26 +58,44 @@ def resolve_demo(args: EngineArgs) -> EngineArgs:
 
 
 def demo_checkpoint() -> Path:
-    """The demo's folder, written once and published by rename, so that two processes cannot disturb each other."""
+    """The demo's folder, written once and published by rename, so that two processes cannot disturb each other.
+
+    A damaged copy is replaced; where the cache cannot be written, a temporary folder takes its place.
+    """
     root = Path(env.read_str("NYBBLE_CACHE_DIR") or platformdirs.user_cache_dir("nybble"))
     folder = root / f"{DEMO_NAME}-{DEMO_VERSION}"
-    if (folder / "config.json").is_file():
-        return folder
     try:
+        if is_complete(folder):
+            return folder
         root.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=".demo-", dir=root))
+        scratch.chmod(0o755)  # mkdtemp's 0700 would lock other users of a shared cache out
+        write_demo(scratch)
+        publish(scratch, folder)
+        return folder
     except OSError as error:
-        log.warning("cannot write to %s (%s); the demo goes to a temporary folder", root, error)
+        log.warning("the demo goes to a temporary folder: cannot use %s (%s)", root, error)
         folder = Path(tempfile.mkdtemp(prefix="nybble-")) / DEMO_NAME
         folder.mkdir()
         write_demo(folder)
         return folder
-    write_demo(scratch)
+
+
+def is_complete(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in FILES)
+
+
+def publish(scratch: Path, folder: Path) -> None:
+    """Rename `scratch` to `folder`. One that is there already wins if it is whole, and is moved away if not."""
     try:
         scratch.replace(folder)
-    except OSError:  # another process was first; its copy is the same
-        shutil.rmtree(scratch)
-    return folder
+    except OSError:
+        if not is_complete(folder):
+            folder.replace(scratch.with_suffix(".damaged"))
+            scratch.replace(folder)
+            shutil.rmtree(scratch.with_suffix(".damaged"))
+        else:  # another process was first; its copy is the same
+            shutil.rmtree(scratch)
 
 
 def write_demo(folder: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from ..plugins.errors import RequestError, UsageError, nearest
 from .args import EngineArgs
-from .llm_engine import LLMEngine
+from .llm_engine import LLMEngine, raise_refusal
 from .request import RequestOutput, RequestOutputKind, SamplingParams
 from .text.input_processor import PromptType
 from .text.tokenizer import Tokenizer
@@ -53,7 +53,9 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        lora_request: None = None,
         priority: Sequence[int] | None = None,
+        tokenization_kwargs: None = None,
     ) -> list[RequestOutput]:
         """Complete each prompt; outputs are in the order of the prompts.
 
@@ -61,9 +63,11 @@ class LLM:
             prompts: one prompt or a list; each a str, a list of token ids, or {"prompt_token_ids": [...]}.
             sampling_params: one for all, or one per prompt; None takes the checkpoint's defaults.
             priority: one number per prompt for the "priority" policy; lower goes first.
+            lora_request, tokenization_kwargs: vLLM's; anything but None is refused.
         Raises:
             RequestError: a prompt or its params are refused; nothing of the call is left in the engine.
         """
+        refuse_unsupported(lora_request=lora_request, tokenization_kwargs=tokenization_kwargs)
         listed = as_prompt_list(prompts)
         params = self._params_list(sampling_params, len(listed))
         if priority is not None and len(priority) != len(listed):
@@ -82,19 +86,29 @@ class LLM:
         self,
         messages: Messages | Sequence[Messages],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
         use_tqdm: bool = True,
-        chat_template_kwargs: dict[str, Any] | None = None,
+        lora_request: None = None,
+        chat_template: None = None,
+        *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        tokenization_kwargs: None = None,
     ) -> list[RequestOutput]:
-        """Complete one conversation or a list of them through the checkpoint's chat template."""
+        """Complete one conversation or a list of them through the checkpoint's chat template.
+
+        `lora_request`, `chat_template` (a setting of LLM here) and `tokenization_kwargs` must be None. Raises as
+        `generate`, and RequestError for what the template refuses.
+        """
+        refuse_unsupported(lora_request=lora_request, chat_template=chat_template,
+                           tokenization_kwargs=tokenization_kwargs)
         one = not messages or isinstance(messages[0], dict)
         conversations = cast(Sequence[Messages], [messages] if one else messages)
         tokenizer = self.get_tokenizer()
         prompts: list[PromptType] = [
             tokenizer.apply_chat_template(conversation, add_generation_prompt=add_generation_prompt,
-                                          continue_final_message=continue_final_message,
+                                          continue_final_message=continue_final_message, tools=tools,
                                           **(chat_template_kwargs or {}))
             for conversation in conversations
         ]
@@ -128,17 +142,19 @@ class LLM:
 
     def _run(self, ids: list[str], use_tqdm: bool) -> list[RequestOutput]:
         """Step until all of `ids` are done."""
+        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         done: dict[str, RequestOutput] = {}
         tokens = 0
         columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
                    TextColumn("{task.fields[rate]}"))
-        with Progress(*columns, disable=not use_tqdm, transient=True) as bar:
+        with Progress(*columns, disable=not use_tqdm, transient=True, console=Console(stderr=True)) as bar:
             task = bar.add_task("generating", total=len(ids), rate="")
             while len(done) < len(ids):
                 for output in self.llm_engine.step():
                     if output.finished:
+                        raise_refusal(output)
                         done[output.request_id] = output
                         tokens += sum(len(o.token_ids) for o in output.outputs)
                         elapsed = bar.tasks[0].elapsed or 0.0
@@ -146,10 +162,19 @@ class LLM:
         return [done[request_id] for request_id in ids]
 
 
+def refuse_unsupported(**arguments: object) -> None:
+    """vLLM's arguments that nybble has no use for: None passes, anything else is refused by name."""
+    for name, value in arguments.items():
+        if value is not None:
+            fix = "give it to LLM(chat_template=...) as a file" if name == "chat_template" else "leave it out"
+            raise RequestError(f"{name} is not supported", param=name, found=repr(value)[:80], fix=fix)
+
+
 def as_prompt_list(prompts: PromptType | Sequence[PromptType]) -> list[PromptType]:
     """One prompt, or a list of prompts, as a list: a list of ints is one prompt of token ids."""
     if isinstance(prompts, (str, dict)):
         return [prompts]
-    if not prompts:
-        raise RequestError("there is no prompt", param="prompts", found=repr(prompts))
-    return cast(list[PromptType], [prompts] if isinstance(prompts[0], int) else list(prompts))
+    if not isinstance(prompts, (list, tuple)) or not prompts:
+        raise RequestError("prompts must be a prompt or a list of them", param="prompts", found=repr(prompts)[:80],
+                           known=["str", "list[int]", "dict", "a list of these"])
+    return cast(list[PromptType], [list(prompts)] if isinstance(prompts[0], int) else list(prompts))

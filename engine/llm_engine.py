@@ -33,6 +33,13 @@ def servable_config(config: EngineConfig, layout: KVCacheLayout) -> EngineConfig
     return dataclasses.replace(config, model=dataclasses.replace(config.model, max_model_len=length))
 
 
+def raise_refusal(output: RequestOutput) -> None:
+    """Raise RequestError for a request that the engine did not take."""
+    for completion in output.outputs:
+        if completion.error_code is not None:
+            raise RequestError(completion.error or "the engine refused the request", code=completion.error_code)
+
+
 class LLMEngine:
     """Drives an EngineCore in this process (default) or in its own (`engine_process`).
 
@@ -43,8 +50,12 @@ class LLMEngine:
         self.tokenizer = load_tokenizer(config)
         host = host or PluginHost.load(prefer=config.plugins.prefer, strict=config.plugins.strict)
         self.client: EngineCoreClient = ProcClient(config) if engine_process else InprocClient(config, host)
-        self.config = servable_config(config, self.client.layout)
-        self.input_processor = InputProcessor(self.config, self.tokenizer)
+        try:
+            self.config = servable_config(config, self.client.layout)
+            self.input_processor = InputProcessor(self.config, self.tokenizer)
+        except BaseException:
+            self.client.shutdown()
+            raise
         self.output_processor = OutputProcessor(self.tokenizer)
 
     @classmethod
@@ -61,15 +72,13 @@ class LLMEngine:
         self.client.add_requests(self.output_processor.add_request(processed))
 
     def step(self) -> list[RequestOutput]:
-        """Run one step. Raises RequestError for a request the core refused, after everything else was processed."""
-        outputs = self.client.get_outputs()
-        refused = [o for o in outputs if o.error_code is not None]
-        processed = self.output_processor.process([o for o in outputs if o.error_code is None], time.monotonic())
+        """Run one step; nothing to do gives []. A request the core refused ends with `finish_reason` "error" and an
+        `error_code` on its completions. Raises EngineDeadError when the engine is gone."""
+        if not self.has_unfinished_requests():
+            return []
+        processed = self.output_processor.process(self.client.get_outputs(), time.monotonic())
         if processed.abort_ids:
             self.client.abort_requests(processed.abort_ids)
-        if refused:
-            self.abort_request([self.output_processor.user_id(o.request_id) for o in refused])
-            raise RequestError(refused[0].error or "refused", code=refused[0].error_code)
         return processed.request_outputs
 
     def abort_request(self, request_ids: list[str]) -> list[RequestOutput]:
@@ -94,5 +103,5 @@ class LLMEngine:
         return self.client.stats
 
     def shutdown(self) -> None:
-        """Release the model. Idempotent for a process engine."""
+        """Release the model. Idempotent."""
         self.client.shutdown()

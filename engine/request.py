@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Sized
 from typing import Any, Literal
 
 import msgspec
@@ -11,8 +12,14 @@ import msgspec
 from ..plugins.errors import RequestError
 
 MAX_N = 128
+MAX_REQUEST_BYTES = 64 * 2**20
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
+# Bounds on what one request may make every step carry; vLLM has none and pays with its event loop.
+MAX_BAD_WORDS = 128
+MAX_BAD_WORD_CHARS = 1024
+MAX_STOP_TOKEN_IDS = 128
+MAX_LOGIT_BIASES = 1024
 GREEDY_EPSILON = 1e-5
 
 
@@ -102,13 +109,18 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         if self.n > 1 and self.is_greedy:
             raise RequestError("n must be 1 with temperature 0: greedy completions would all be equal", param="n",
                                found=self.n)
+        _check_len("bad_words", self.bad_words, MAX_BAD_WORDS)
+        _check_len("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS)
+        _check_len("logit_bias", self.logit_bias, MAX_LOGIT_BIASES)
         self._check_stops()
         for token, bias in (self.logit_bias or {}).items():
             _check_float(f"logit_bias[{token}]", bias, -100.0, 100.0)
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise RequestError("allowed_token_ids must name at least one token", param="allowed_token_ids", found="[]")
-        if self.bad_words and any(not isinstance(w, str) or not w for w in self.bad_words):
-            raise RequestError("bad_words must be non-empty strings", param="bad_words", found=self.bad_words)
+        for word in self.bad_words or ():
+            if not isinstance(word, str) or not 0 < len(word) <= MAX_BAD_WORD_CHARS:
+                raise RequestError(f"a bad word has 1 to {MAX_BAD_WORD_CHARS} characters", param="bad_words",
+                                   found=repr(word)[:80])
 
     def _check_stops(self) -> None:
         stops = self.stop_strings
@@ -134,6 +146,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     def replace(self, **changes: Any) -> SamplingParams:
         """A copy with some fields changed, checked like a new one."""
         return msgspec.structs.replace(self, **changes)
+
+
+def _check_len(name: str, values: Sized | None, most: int) -> None:
+    if values is not None and len(values) > most:
+        raise RequestError(f"{name} has at most {most} entries", param=name, found=len(values))
 
 
 def _check_int(name: str, value: int | None, low: int, high: int) -> None:
@@ -175,7 +192,8 @@ class CompletionOutput(msgspec.Struct, kw_only=True):
     """One completion of a prompt.
 
     `logprobs` has one {token id: Logprob} per token of `token_ids` when asked for. `finish_reason` is "stop",
-    "length", "abort" or "error"; `stop_reason` is the stop string or stop token id that matched.
+    "length", "abort" or "error"; `stop_reason` is the stop string or stop token id that matched. `error` says what
+    ended it; `error_code` is set when the engine refused the request rather than failed on it ("engine_overloaded").
     """
 
     index: int
@@ -186,6 +204,7 @@ class CompletionOutput(msgspec.Struct, kw_only=True):
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     error: str | None = None
+    error_code: str | None = None
 
     def finished(self) -> bool:
         return self.finish_reason is not None

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 
 import msgspec
 
 from ...plugins.env import child_environment
-from ...plugins.errors import EngineDeadError
+from ...plugins.errors import EngineDeadError, NybbleError
 from ...plugins.manager import PluginHost
 from ..config import EngineConfig
 from ..metrics import StepStats
@@ -35,6 +40,8 @@ from .messages import (
 
 STOP_SECONDS = 5.0
 POLL_MS = 200
+# A Unix socket's path has at most 107 bytes on Linux and 103 on macOS.
+MAX_SOCKET_PATH = 103
 
 
 class EngineCoreClient(ABC):
@@ -47,7 +54,8 @@ class EngineCoreClient(ABC):
     def add_requests(self, requests: list[EngineCoreRequest]) -> None: ...
 
     @abstractmethod
-    def abort_requests(self, request_ids: list[str]) -> None: ...
+    def abort_requests(self, request_ids: list[str]) -> None:
+        """Forget requests; does nothing when the engine is gone."""
 
     @abstractmethod
     def get_outputs(self) -> list[EngineCoreOutput]:
@@ -57,7 +65,8 @@ class EngineCoreClient(ABC):
     def reset_prefix_cache(self) -> bool: ...
 
     @abstractmethod
-    def shutdown(self) -> None: ...
+    def shutdown(self) -> None:
+        """Release the engine. Idempotent."""
 
 
 class InprocClient(EngineCoreClient):
@@ -69,6 +78,7 @@ class InprocClient(EngineCoreClient):
         self.core = EngineCore(config, host)
         self.layout, self.stats = self.core.layout, StepStats()
         self._dead: str | None = None
+        self._held: list[EngineCoreOutput] = []
 
     def add_requests(self, requests: list[EngineCoreRequest]) -> None:
         for request in requests:
@@ -80,12 +90,16 @@ class InprocClient(EngineCoreClient):
     def get_outputs(self) -> list[EngineCoreOutput]:
         if self._dead:
             raise EngineDeadError(f"the engine stopped earlier: {self._dead}", fix="make a new one")
-        try:
-            outputs = self.core.step()
-        except Exception as error:
-            self._dead = repr(error)
-            raise
-        self.stats = self.core.stats
+        if not self._held:
+            with late_interrupt() as interrupt:
+                try:
+                    self._held = self.core.step()
+                except Exception as error:
+                    self._dead = repr(error)
+                    raise
+                self.stats = self.core.stats
+            interrupt()  # what the step produced is held for the next call
+        outputs, self._held = self._held, []
         return outputs
 
     def reset_prefix_cache(self) -> bool:
@@ -95,14 +109,33 @@ class InprocClient(EngineCoreClient):
         self.core.shutdown()
 
 
+@contextlib.contextmanager
+def late_interrupt() -> Iterator[Callable[[], None]]:
+    """Hold Ctrl-C back while the block runs; the function it gives, called after, lets a held one happen.
+
+    A step that stops half-way leaves the scheduler and the workers in disagreement, and the engine could not go on.
+    Only the main thread is ever interrupted.
+    """
+    held: list[tuple[int, FrameType | None]] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    handler = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
+    try:
+        yield lambda: handler(*held[0]) if held and callable(handler) else None
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
 class EngineProcessHandle:
-    """A running engine process and the address it serves; shared by the sync and the asyncio client.
+    """A running engine process and the address it connects to; shared by the sync and the asyncio client.
 
     The socket lives in a folder that only this user may enter. `stop` ends the process, gently first.
     """
 
     def __init__(self) -> None:
-        self.folder = tempfile.TemporaryDirectory(prefix="nybble-")  # mkdtemp makes it 0700
+        self.folder = socket_folder()
         self.address = f"ipc://{self.folder.name}/core"
         command = [sys.executable, "-m", "nybble.engine.core.proc", self.address]
         package_root = str(Path(__file__).absolute().parents[3])
@@ -121,14 +154,23 @@ class EngineProcessHandle:
 
     def stop(self, grace: float = STOP_SECONDS) -> None:
         """Wait `grace` seconds for it to end by itself, then kill it. Idempotent."""
-        if self.process.stdin is not None and not self.process.stdin.closed:
-            try:
-                self.process.wait(timeout=grace)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
+        try:
+            self.process.wait(timeout=grace)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        if self.process.stdin is not None:
             self.process.stdin.close()
         self.folder.cleanup()
+
+
+def socket_folder() -> tempfile.TemporaryDirectory[str]:
+    """A new folder of mode 0700 whose path leaves room for a socket's name, wherever TMPDIR points."""
+    folder = tempfile.TemporaryDirectory(prefix="nybble-")
+    if len(f"{folder.name}/core".encode()) > MAX_SOCKET_PATH:
+        folder.cleanup()
+        folder = tempfile.TemporaryDirectory(prefix="nybble-", dir="/tmp")  # noqa: S108
+    return folder
 
 
 class ProcClient(EngineCoreClient):
@@ -137,63 +179,106 @@ class ProcClient(EngineCoreClient):
     def __init__(self, config: EngineConfig) -> None:
         import zmq
 
+        self._zmq = zmq
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.PAIR)
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+        self._socket.setsockopt(zmq.SNDHWM, 0)  # two full queues, each waiting for the other's reader, would hang
+        self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._encoder, self._decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(FromCore)
         self._call_ids = itertools.count()
         self._pending: list[EngineCoreOutput] = []
+        self._dead: NybbleError | None = None
         self.stats = StepStats()
         self.handle = EngineProcessHandle()
-        self._socket.bind(self.handle.address)
         try:
+            self._socket.bind(self.handle.address)
             self._send(Start(config))
             ready = self._receive()
             assert isinstance(ready, Ready)
             self.layout = ready.layout
         except BaseException:
+            self.handle.process.kill()
             self.shutdown()
             raise
 
     def _send(self, message: ToCore) -> None:
-        self._socket.send(self._encoder.encode(message))
+        """Queue a message. Raises EngineDeadError: a socket without a peer would wait for ever."""
+        data = self._encoder.encode(message)
+        while True:
+            self._check_alive()
+            try:
+                self._socket.send(data, self._zmq.NOBLOCK)
+                return
+            except self._zmq.Again:
+                self._socket.poll(POLL_MS, self._zmq.POLLOUT)
 
     def _receive(self) -> FromCore:
         """The next message. Raises what the process failed on, or EngineDeadError when it is gone without a word."""
+        if self._dead is not None:
+            raise self._dead
         while not self._socket.poll(POLL_MS):
-            if self.handle.exit_code is not None and not self._socket.poll(0):
-                raise self.handle.death()
+            self._check_alive()
         message: FromCore = self._decoder.decode(self._socket.recv())
         if isinstance(message, Failed):
-            raise message.as_error()
+            self._dead = message.as_error()
+            raise self._dead
         return message
 
+    def _check_alive(self) -> None:
+        if self._dead is None and self.handle.exit_code is not None:
+            self._dead = self._last_words()
+        if self._dead is not None:
+            raise self._dead
+
+    def _last_words(self) -> NybbleError:
+        """Why a process that is gone is gone: what it still said, else how it ended."""
+        while self._socket.poll(0):
+            message: FromCore = self._decoder.decode(self._socket.recv())
+            if isinstance(message, Failed):
+                return message.as_error()
+            if isinstance(message, Outputs):
+                self._take(message)
+        return self.handle.death()
+
     def add_requests(self, requests: list[EngineCoreRequest]) -> None:
-        self._send(Add(requests))
+        for request in requests:
+            self._send(Add([request]))
 
     def abort_requests(self, request_ids: list[str]) -> None:
-        self._send(Abort(request_ids))
+        with contextlib.suppress(NybbleError):  # a dead engine has forgotten them
+            self._send(Abort(request_ids))
 
     def get_outputs(self) -> list[EngineCoreOutput]:
-        if self._pending:
-            outputs, self._pending = self._pending, []
-            return outputs
-        message = self._receive()
-        assert isinstance(message, Outputs)
+        while not self._pending:
+            message = self._receive()
+            if isinstance(message, Outputs):  # else the late reply to a call that was interrupted
+                self._take(message)
+                break
+        outputs, self._pending = self._pending, []
+        return outputs
+
+    def _take(self, message: Outputs) -> None:
+        self._pending.extend(message.outputs)
         self.stats = message.stats
-        return message.outputs
 
     def reset_prefix_cache(self) -> bool:
-        self._send(ResetPrefixCache(next(self._call_ids)))
-        while not isinstance(message := self._receive(), Reply):
-            assert isinstance(message, Outputs)
-            self._pending.extend(message.outputs)
-        return message.value
+        call_id = next(self._call_ids)
+        self._send(ResetPrefixCache(call_id))
+        while True:
+            message = self._receive()
+            if isinstance(message, Outputs):
+                self._take(message)
+            elif isinstance(message, Reply) and message.call_id == call_id:
+                return message.value
 
     def shutdown(self) -> None:
-        if self.handle.exit_code is None:
+        if self._socket.closed:
+            return
+        with contextlib.suppress(NybbleError):
             self._send(Shutdown())
         self.handle.stop()
         self._socket.close()
         self._context.term()
+        self._dead = self._dead or EngineDeadError("the engine was shut down")

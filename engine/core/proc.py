@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
+import select
 import signal
 import sys
 import threading
@@ -14,6 +14,8 @@ import zmq
 
 from ...plugins.log import configure, get_logger
 from ...plugins.manager import PluginHost
+from ..metrics import StepStats
+from ..request import EngineCoreOutput
 from .engine_core import EngineCore
 from .messages import (
     MAX_MESSAGE_BYTES,
@@ -31,7 +33,7 @@ from .messages import (
 )
 
 log = get_logger(__name__)
-PR_SET_PDEATHSIG = 1
+WATCH_SECONDS = 1.0
 
 
 class EngineProcess:
@@ -41,12 +43,28 @@ class EngineProcess:
         self.context = zmq.Context()
         self.socket = self.context.socket(zmq.PAIR)
         self.socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+        self.socket.setsockopt(zmq.SNDHWM, 0)
+        self.socket.setsockopt(zmq.RCVHWM, 0)
         self.socket.setsockopt(zmq.LINGER, 1000)
         self.socket.connect(address)
         self.encoder, self.decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(ToCore)
 
     def send(self, message: FromCore) -> None:
         self.socket.send(self.encoder.encode(message))
+
+    def send_outputs(self, outputs: list[EngineCoreOutput], stats: StepStats) -> None:
+        """Send a step's outputs in as many messages as their size takes; one that fits in none ends with an error."""
+        data = self.encoder.encode(Outputs(outputs, stats))
+        if len(data) <= MAX_MESSAGE_BYTES:
+            self.socket.send(data)
+        elif len(outputs) > 1:
+            self.send_outputs(outputs[: len(outputs) // 2], stats)
+            self.send_outputs(outputs[len(outputs) // 2 :], stats)
+        else:
+            text = f"one step's output has {len(data)} bytes, more than the {MAX_MESSAGE_BYTES} of a message"
+            self.core.abort_requests([outputs[0].request_id])
+            self.send_outputs([EngineCoreOutput(request_id=outputs[0].request_id, new_token_ids=[],
+                                                finish_reason="error", error=f"{text}: ask for fewer logprobs")], stats)
 
     def receive(self) -> ToCore:
         return self.decoder.decode(self.socket.recv())
@@ -58,10 +76,10 @@ class EngineProcess:
             assert isinstance(start, Start)
             plugins = start.config.plugins
             host = PluginHost.load(prefer=plugins.prefer, strict=plugins.strict)
-            core = EngineCore(start.config, host)
-            self.send(Ready(core.layout))
-            self._serve(core)
-            core.shutdown()
+            self.core = EngineCore(start.config, host)
+            self.send(Ready(self.core.layout))
+            self._serve(self.core)
+            self.core.shutdown()
             return 0
         except Exception as error:
             log.debug("the engine process failed", exc_info=True)
@@ -87,17 +105,22 @@ class EngineProcess:
                     self.send(Reply(message.call_id, core.reset_prefix_cache()))
                 elif isinstance(message, Shutdown):
                     return
-            self.send(Outputs(core.step(), core.stats))
+            outputs = core.step()
+            self.send_outputs(outputs, core.stats)
 
 
 def die_with_parent() -> None:
-    """Never outlive the front end: the kernel's death signal where there is one, end of stdin everywhere."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    """Never outlive the front end: end when its end of our stdin closes, or when we are somebody else's child.
+
+    Not by the kernel's PDEATHSIG: that one fires when the *thread* that made us ends.
+    """
+    parent = os.getppid()
 
     def watch() -> None:
-        while os.read(0, 1024):
-            continue
+        while os.getppid() == parent:
+            readable, _, _ = select.select([0], [], [], WATCH_SECONDS)
+            if readable and not os.read(0, 1024):
+                break
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

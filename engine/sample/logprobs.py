@@ -51,7 +51,7 @@ def _likeliest(values: Tensor, k: int) -> Tensor:
     if k == 0:
         return torch.empty(len(values), 0, dtype=torch.int64, device=values.device)
     vocab = values.shape[-1]
-    bits = (values + 0.0).view(torch.int32)  # + 0.0 makes -0.0 the equal of 0.0
+    bits = values.view(torch.int32)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     from_end = torch.arange(vocab - 1, -1, -1, device=values.device)
     keys = (ordered.long() << 32) | from_end

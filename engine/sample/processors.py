@@ -161,8 +161,7 @@ class BadWords(_Builtin):
         words = [list(word) for word in row.bad_words_token_ids if word]
         longest = max((len(word) for word in words), default=0)
         tail = row.output_ids[-longest:].tolist()
-        return [last for *start, last in words
-                if len(start) <= len(tail) and tail[len(tail) - len(start) :] == start]
+        return [last for *start, last in words if tail[len(tail) - len(start) :] == start]
 
 
 class MinTokens(_Builtin):

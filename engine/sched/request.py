@@ -152,7 +152,7 @@ class Request:
             block_ids=block_ids,
             params=message.params,
             seed=message.seed,
-            stop_token_ids=[*self.stop_token_ids, *self.eos_token_ids],
+            stop_token_ids=sorted(self.stop_token_ids | self.eos_token_ids),
             bad_words_token_ids=message.bad_words_token_ids,
         )
 

@@ -25,12 +25,10 @@ def logprob_entries(rows: TokenLogprobLists, top: int, tokenizer: Tokenizer | No
     entries = []
     for ids, values, rank in zip(rows.token_ids, rows.logprobs, rows.ranks):
         width = len(ids) if top < 0 else top + 1
-        entry: TokenLogprobs = {}
-        for place, (token, value) in enumerate(zip(ids[:width], values)):
-            if token not in entry:
-                text = tokenizer.token_text(token) if tokenizer is not None else None
-                entry[token] = Logprob(value, place or rank, text)
-        entries.append(entry)
+        entries.append({
+            token: Logprob(value, place or rank, None if tokenizer is None else tokenizer.token_text(token))
+            for place, (token, value) in enumerate(zip(ids[:width], values))
+        })
     return entries
 
 
@@ -59,6 +57,7 @@ class Completion:
         self._finish_reason: FinishReason | None = None
         self._stop_reason: int | str | None = None
         self._error: str | None = None
+        self._error_code: str | None = None
         self._sent_chars = self._sent_tokens = 0
 
     @property
@@ -79,9 +78,9 @@ class Completion:
             self._finish_reason, self._stop_reason = "stop", match.stop
             self._text = self._text[:match.end]
 
-    def finish(self, reason: FinishReason, error: str | None = None) -> None:
-        """End it from this side: aborted, or the engine is gone."""
-        self._finish_reason, self._error = reason, error
+    def finish(self, reason: FinishReason, error: str | None = None, code: str | None = None) -> None:
+        """End it from this side: aborted, refused, or the engine is gone."""
+        self._finish_reason, self._error, self._error_code = reason, error, code
         if self._detokenizer is not None:
             self._text += self._detokenizer.flush()
 
@@ -103,6 +102,7 @@ class Completion:
             finish_reason=self._finish_reason,
             stop_reason=self._stop_reason,
             error=self._error,
+            error_code=self._error_code,
         )
 
     def _append_text(self, token_ids: list[int]) -> StopMatch | None:

@@ -86,11 +86,9 @@ class Detokenizer:
         return self._decode(self._held)
 
     def _release(self) -> str:
-        """Give out held tokens that cannot be waiting for each other any more, up to the last unfinished
-        character.
+        """Give out held tokens, up to an unfinished character at their end.
 
-        A stream of bytes that are no characters would otherwise be held for ever, and decoded anew at each
-        step.
+        Bytes that are no characters would otherwise be held for ever, and decoded anew at each step.
         """
         whole, count = self._decode(self._held), len(self._held)
         for cut in range(count - 1, count - 1 - MAX_CHARACTER_TOKENS, -1):
@@ -135,8 +133,7 @@ class StopStrings:
     """Finds the stop string that is complete first.
 
     Attributes:
-        hold_back: how many characters at the end of a text may still become a stop string and must not be
-            sent.
+        hold_back: how many characters at a text's end may still become a stop string and must not be sent.
     """
 
     def __init__(self, stops: Sequence[str], *, include_in_output: bool = False) -> None:

@@ -9,10 +9,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from ...plugins.errors import CheckpointError, RequestError
 from ...plugins.log import get_logger
 from ..config import EngineConfig
-from ..request import EngineCoreRequest, SamplingParams
+from ..request import MAX_REQUEST_BYTES, EngineCoreRequest, SamplingParams
 from .parallel_sampling import SEEDS
 from .tokenizer import Tokenizer
 
@@ -45,9 +47,27 @@ def check_token_ids(ids: Iterable[Any], vocab_size: int, param: str) -> list[int
     checked = list(ids)
     if checked and (set(map(type, checked)) != {int} or min(checked) < 0 or max(checked) >= vocab_size):
         wrong = next(i for i in checked if type(i) is not int or not 0 <= i < vocab_size)
-        raise RequestError(f"{param} holds a token id that the model does not have", param=param,
+        raise RequestError(f"{param} holds a token id outside the model's vocabulary", param=param,
                            found=repr(wrong)[:80], known=[f"0 to {vocab_size - 1}"])
     return checked
+
+
+def as_the_core_reads_it(core: EngineCoreRequest) -> EngineCoreRequest:
+    """The request after a round trip through its wire form, wherever the core runs.
+
+    Python checks no types, and a value of a wrong one would otherwise be found by the engine process, too late to
+    blame the request. Raises RequestError for such a value, and for a request larger than a message may be.
+    """
+    try:
+        data = msgspec.msgpack.encode(core)
+        if len(data) > MAX_REQUEST_BYTES:
+            raise RequestError("the request is too large", code="request_too_large", found=f"{len(data)} bytes",
+                               known=[f"at most {MAX_REQUEST_BYTES}"])
+        return msgspec.msgpack.decode(data, type=EngineCoreRequest)
+    except (TypeError, OverflowError, ValueError) as error:
+        if isinstance(error, RequestError):
+            raise
+        raise RequestError("a value of the request has a wrong type", found=str(error)) from error
 
 
 class InputProcessor:
@@ -146,12 +166,15 @@ class InputProcessor:
             cache_salt=cache_salt,
             arrival_time=time.monotonic() if arrival_time is None else arrival_time,
         )
-        return ProcessedInput(text=text, core=core)
+        return ProcessedInput(text=text, core=as_the_core_reads_it(core))
 
     def _check_params(self, params: SamplingParams) -> None:
         vocab = self._model.vocab_size
         for param, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias),
                            ("allowed_token_ids", params.allowed_token_ids)):
+            if ids is not None and len(ids) > vocab:
+                raise RequestError(f"{param} has more entries than the model has tokens", param=param,
+                                   found=len(ids), known=[f"at most {vocab}"])
             check_token_ids(ids or (), vocab, param)
         cap = self._model.max_logprobs
         for param, asked in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -63,18 +64,20 @@ class RequestState:
         # A chunk of a prompt brings no tokens, and is no news.
         return self._output([completion], now) if output.new_token_ids or completion.finished else None
 
-    def finish(self, reason: FinishReason, error: str | None = None) -> RequestOutput:
+    def finish(self, reason: FinishReason, error: str | None = None, code: str | None = None) -> RequestOutput:
         """End what is unfinished; the request's last output."""
         changed = [completion for completion in self.completions if not completion.finished]
         for completion in changed:
-            completion.finish(reason, error)
+            completion.finish(reason, error, code)
         self._running = 0
         return self._output(self.completions if self._kind == RequestOutputKind.FINAL_ONLY else changed,
                             time.monotonic())
 
     def _note(self, output: EngineCoreOutput, now: float) -> None:
-        """What an output says about the request as a whole. The prompt's cache hits are those of its first
-        completion; the others hit what that one computed."""
+        """What an output says about the request as a whole.
+
+        Cached tokens are those that its first completion found: the others find what that one computed.
+        """
         metrics = self._metrics
         if self._num_cached_tokens is None:
             self._num_cached_tokens = output.num_cached_tokens
@@ -121,13 +124,14 @@ class OutputProcessor:
         self._tokenizer = tokenizer
         self._requests: dict[str, RequestState] = {}
         self._completions: dict[str, tuple[str, Completion]] = {}
+        self._serials = itertools.count()
 
     def add_request(self, processed: ProcessedInput) -> list[EngineCoreRequest]:
         """Register a request; returns what to send to the core. Raises RequestError for an id in use."""
         user_id = processed.core.request_id
-        children = fan_out(processed.core)
-        if user_id in self._requests or any(child.request_id in self._completions for child in children):
+        if user_id in self._requests:
             raise RequestError(f"request id {user_id!r} is in use", param="request_id")
+        children = fan_out(processed.core, next(self._serials))
         state = self._requests[user_id] = RequestState(processed, children, self._tokenizer)
         self._completions.update({c.core_id: (user_id, c) for c in state.completions})
         return children
@@ -140,6 +144,10 @@ class OutputProcessor:
             if completion is None:
                 continue
             state = self._requests[user_id]
+            if output.error_code is not None:  # one part was refused: the rest is of no use
+                abort_ids += [c.core_id for c in state.completions if not c.finished and c is not completion]
+                request_outputs.append(self._end(user_id, "error", output.error, output.error_code))
+                continue
             request_output = state.update(completion, output, now)
             if request_output is not None:
                 request_outputs.append(request_output)
@@ -152,8 +160,7 @@ class OutputProcessor:
         return ProcessedOutputs(request_outputs=request_outputs, abort_ids=abort_ids)
 
     def abort(self, request_ids: Iterable[str]) -> tuple[list[RequestOutput], list[str]]:
-        """End users' requests: their last outputs, finish_reason "abort", and core ids to abort. Unknown ids
-        are passed over."""
+        """End users' requests: their last outputs, and the core ids to abort. Unknown ids are passed over."""
         outputs, core_ids = [], []
         for user_id in request_ids:
             if (state := self._requests.get(user_id)) is not None:
@@ -165,15 +172,11 @@ class OutputProcessor:
         """The engine is gone: last outputs of all requests, finish_reason "error"."""
         return [self._end(user_id, "error", error) for user_id in list(self._requests)]
 
-    def _end(self, user_id: str, reason: FinishReason, error: str | None) -> RequestOutput:
+    def _end(self, user_id: str, reason: FinishReason, error: str | None, code: str | None = None) -> RequestOutput:
         state = self._requests.pop(user_id)
         for completion in state.completions:
             self._completions.pop(completion.core_id, None)
-        return state.finish(reason, error)
-
-    def user_id(self, core_id: str) -> str:
-        """Whose request a core request is; the id itself when it is nobody's any more."""
-        return self._completions[core_id][0] if core_id in self._completions else core_id
+        return state.finish(reason, error, code)
 
     def has_unfinished(self) -> bool:
         return bool(self._requests)

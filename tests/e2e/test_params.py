@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import pytest
 import torch
 import transformers
@@ -125,6 +128,8 @@ REFUSED = {
     "unknown id": ([[5, 300]], GREEDY),
     "two prompts, three params": ([[5], [6]], [GREEDY] * 3),
     "bias on an unknown id": ([[5]], GREEDY.replace(logit_bias={300: 1.0})),
+    "no list": (7, GREEDY),
+    "too many allowed ids": ([[5]], GREEDY.replace(allowed_token_ids=[5] * 301)),
     "unknown stop id": ([[5]], GREEDY.replace(stop_token_ids=[-1])),
     "priority without the policy": None,
 }
@@ -156,6 +161,24 @@ def test_interrupt_aborts_and_the_engine_goes_on(llm, plain, monkeypatch):
     monkeypatch.undo()
     assert not llm.llm_engine.has_unfinished_requests()
     assert one(llm, GREEDY.replace(ignore_eos=True)).token_ids == plain.token_ids
+
+
+def test_a_real_interrupt_in_a_step_waits_for_its_end(llm, plain, monkeypatch):
+    """SIGINT arrives while the model runs: the step ends whole, then KeyboardInterrupt, and the engine goes on."""
+    executor = llm.llm_engine.client.core.executor
+    execute, steps = executor.execute_model, iter(range(100))
+
+    def interrupted(plan):
+        if next(steps) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return execute(plan)
+
+    monkeypatch.setattr(executor, "execute_model", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([PROMPT] * 3, GREEDY.replace(ignore_eos=True), use_tqdm=False)
+    monkeypatch.undo()
+    assert one(llm, GREEDY.replace(ignore_eos=True)).token_ids == plain.token_ids
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_chat_goes_through_the_template(llama, tmp_path):

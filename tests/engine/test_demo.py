@@ -47,6 +47,18 @@ def test_a_read_only_cache_is_no_obstacle(tmp_path, monkeypatch):
     assert (demo.demo_checkpoint() / "config.json").is_file()
 
 
+@pytest.mark.parametrize("name", demo.FILES)
+def test_a_damaged_copy_is_replaced(cache, name):
+    folder = demo.demo_checkpoint()
+    (folder / name).unlink()
+    assert demo.demo_checkpoint() == folder and (folder / name).is_file()
+    assert [p.name for p in cache.iterdir()] == [folder.name]
+
+
+def test_other_users_may_read_it(cache):
+    assert demo.demo_checkpoint().stat().st_mode & 0o755 == 0o755
+
+
 def test_other_models_pass_through():
     args = EngineArgs(model="somewhere")
     assert demo.resolve_demo(args) is args

@@ -5,14 +5,23 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
 import time
+import types
 
+import msgspec
+import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from nybble import LLM, AsyncLLM, EngineArgs, SamplingParams
+from nybble import LLM, AsyncLLM, EngineArgs, LLMEngine, SamplingParams
+from nybble.engine import async_llm
+from nybble.engine.core import proc
 from nybble.engine.core.client import EngineProcessHandle
-from nybble.engine.core.messages import Failed
+from nybble.engine.core.messages import Failed, FromCore
+from nybble.engine.core.proc import EngineProcess
+from nybble.engine.metrics import StepStats
+from nybble.engine.request import EngineCoreOutput, RequestOutputKind
 from nybble.plugins.errors import CheckpointError, EngineDeadError, RequestError
 
 POISON = 299
@@ -123,6 +132,150 @@ def test_a_killed_engine_process_fails_every_stream(llama):
     results, took, dead = asyncio.run(main())
     assert all(isinstance(r, EngineDeadError) for r in results), results
     assert dead and took < 2
+
+
+@pytest.mark.parametrize("when", ["before", "during"])
+def test_generate_on_a_killed_engine_raises_and_does_not_hang(llama, when):
+    llm = LLM.from_engine_args(args(llama), engine_process=True)
+    process = llm.llm_engine.client.handle.process
+    if when == "before":
+        process.kill()
+        process.wait()
+    else:
+        process.send_signal(signal.SIGSTOP)
+        threading.Timer(0.3, process.kill).start()
+    for _ in range(2):
+        with pytest.raises(EngineDeadError, match="signal 9"):
+            llm.generate([[5, 6]], GREEDY, use_tqdm=False)
+    llm.shutdown()
+    llm.shutdown()
+
+
+def test_an_engine_that_never_starts_is_an_error(llama, monkeypatch):
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    with pytest.raises(EngineDeadError, match="exit code 1"):
+        LLM.from_engine_args(args(llama), engine_process=True)
+
+
+def test_the_thread_that_made_an_engine_may_end(llama):
+    made = []
+    thread = threading.Thread(target=lambda: made.append(LLM.from_engine_args(args(llama), engine_process=True)))
+    thread.start()
+    thread.join()
+    (llm,) = made
+    (output,) = llm.generate([[5, 6]], GREEDY, use_tqdm=False)
+    assert len(output.outputs[0].token_ids) == 12
+    llm.shutdown()
+
+
+def test_a_long_temporary_path_is_no_obstacle(llama, tmp_path, monkeypatch):
+    deep = tmp_path / ("x" * 100)
+    deep.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(deep))
+    llm = LLM.from_engine_args(args(llama), engine_process=True)
+    llm.shutdown()
+
+
+def test_what_fails_after_loading_leaves_no_process(llama, tmp_path):
+    for file in llama.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "generation_config.json").write_text('{"temperature": -5}')
+    before = psutil.Process().children()
+    with pytest.raises(CheckpointError, match="generation_config"):
+        LLM.from_engine_args(args(tmp_path), engine_process=True)
+    assert psutil.Process().children() == before
+
+
+@pytest.mark.parametrize("wrong", [dict(ignore_eos=1), dict(bad_words="foo"), dict(extra_args={"x": object()}),
+                                   dict(skip_special_tokens="no")], ids=str)
+def test_a_badly_typed_request_is_refused_alone(llama, wrong):
+    llm = LLM.from_engine_args(args(llama))
+    with pytest.raises(RequestError):
+        llm.generate([[5]], SamplingParams(**wrong), use_tqdm=False)
+    assert not llm.llm_engine.has_unfinished_requests()
+
+
+def test_an_id_may_be_used_again_at_once(llama):
+    """The core is ahead of an abort; what it still says of the old request must not reach the new one."""
+    engine = LLMEngine.from_engine_args(args(llama), engine_process=True)
+    long = GREEDY.replace(max_tokens=150, output_kind=RequestOutputKind.FINAL_ONLY)
+
+    def finish():
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                return output.outputs[0].token_ids
+
+    engine.add_request("same", [5, 6, 7], long)
+    expected = finish()
+    for _ in range(15):
+        engine.add_request("same", [9, 8], long.replace(output_kind=RequestOutputKind.DELTA))
+        engine.step()
+        engine.abort_request(["same"])
+        engine.add_request("same", [5, 6, 7], long)
+        assert finish() == expected
+    assert engine.step() == []
+    engine.shutdown()
+
+
+def test_refusals_reach_their_owners_and_nobody_else(llama):
+    engine = LLMEngine.from_engine_args(args(llama, max_queue=1, max_num_seqs=1))
+    final = GREEDY.replace(output_kind=RequestOutputKind.FINAL_ONLY)
+    for name in ("a", "1_x"):
+        engine.add_request(name, [5, 6, 7], final)
+        engine.step()
+    for name in ("b", "c"):
+        engine.add_request(name, [5, 6, 7], final)
+    engine.add_request("x", [5, 6, 7], final.replace(n=3, temperature=1.0))
+    done = {}
+    while engine.has_unfinished_requests():
+        done |= {output.request_id: output.outputs[0] for output in engine.step()}
+    assert {name: o.finish_reason for name, o in done.items()} == {
+        "a": "length", "1_x": "length", "b": "error", "c": "error", "x": "error"}
+    assert all(done[name].error_code == "engine_overloaded" for name in "bcx")
+
+
+def test_a_message_too_large_ends_one_request(llama, monkeypatch):
+    """Whole-vocabulary logprobs of a long prompt do not fit a small message limit; the others go on."""
+    core = EngineProcess.__new__(EngineProcess)
+    sent, aborted = [], []
+    core.encoder = msgspec.msgpack.Encoder()
+    core.socket = types.SimpleNamespace(send=lambda data: sent.append(msgspec.msgpack.decode(data, type=FromCore)))
+    core.core = types.SimpleNamespace(abort_requests=aborted.extend)
+    monkeypatch.setattr(proc, "MAX_MESSAGE_BYTES", 1000)
+    small, big = EngineCoreOutput(request_id="s", new_token_ids=[1]), EngineCoreOutput(
+        request_id="b", new_token_ids=list(range(900)))
+    core.send_outputs([small, big, small], StepStats())
+    outputs = [output for message in sent for output in message.outputs]
+    assert [o.finish_reason for o in outputs] == [None, "error", None] and aborted == ["b"]
+
+
+def test_async_front_end_survives_its_users(llama, monkeypatch):
+    async def main():
+        engine = AsyncLLM.from_engine_args(args(llama))
+        await engine.start()
+        engine.add_stats_listener(lambda stats: 1 / 0)
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(engine.reset_prefix_cache(), 0)
+        output = [o async for o in engine.generate([5, 6], GREEDY, "a")][-1]
+        assert len(output.outputs[0].token_ids) == 12 and engine.is_running
+
+        monkeypatch.setattr(async_llm, "OFF_LOOP_CHARS", 10)
+        stream = engine.generate("tokenized in a thread", GREEDY.replace(max_tokens=200), "t")
+        first = asyncio.create_task(anext(stream))
+        await asyncio.sleep(0)
+        await engine.abort("t")
+        assert (await first).outputs[0].finish_reason == "abort"
+
+        engine._handle.process.send_signal(signal.SIGSTOP)
+        call = asyncio.create_task(engine.reset_prefix_cache())
+        await asyncio.sleep(0.05)
+        engine._handle.process.send_signal(signal.SIGCONT)
+        engine._handle.process.kill()
+        with pytest.raises(EngineDeadError):
+            await asyncio.wait_for(call, 3)
+        await engine.shutdown()
+
+    asyncio.run(main())
 
 
 def test_the_engine_process_dies_with_its_parent(llama):

@@ -201,6 +201,15 @@ def test_a_mask_hides_no_nan_and_a_masked_out_row_is_unusable(batch_type, row_ty
     assert batch_type(4, rows).sample(logits).invalid.tolist() == [True, True, False]
 
 
+def test_logprobs_are_of_the_logits_as_they_came(batch_type, row_type):
+    logits = torch.randn(1, 9, generator=torch.Generator().manual_seed(1))
+    every = params_of(["hot", "bias", "allowed", "repetition", "top_p", "all logprobs"])
+    output = batch_type(9, [row_type(params=every)]).sample(logits)
+    want = logits[0].log_softmax(-1)
+    assert torch.equal(output.logprobs.logprobs[0], want[output.logprobs.token_ids[0]])
+    assert output.logprobs.token_ids[0, 0] == output.token_ids[0]
+
+
 def test_no_rows(batch_type):
     output = batch_type(4).sample(torch.zeros(0, 4), [])
     assert output.token_ids.shape == output.invalid.shape == (0,)

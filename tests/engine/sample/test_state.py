@@ -133,9 +133,10 @@ def test_tensors_are_kept_while_the_rows_stay(batch_type, row_type):
 def test_the_caller_may_reuse_its_arrays(batch_type, row_type):
     batch = batch_type(VOCAB, [row_type(params=SamplingParams(), seed=s) for s in range(2)])
     rows = np.array([0, 1])
-    before = batch.metadata(rows).uniforms
+    host = batch.num_tokens, batch.num_prompt, batch.token_ids
+    before = batch.state.metadata(rows, *host).uniforms
     rows[:] = [1, 0]
-    assert torch.equal(batch.metadata(rows).uniforms, before.flip(0))
+    assert torch.equal(batch.state.metadata(rows, *host).uniforms, before.flip(0))
 
 
 def test_features_nobody_uses_cost_nothing(batch_type, row_type):

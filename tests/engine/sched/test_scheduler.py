@@ -198,7 +198,7 @@ def test_workers_hear_of_new_requests_blocks_and_ends():
         rig.scheduler.update(plans[-1], rig.answer(plans[-1]))
     [new] = plans[0].new_requests
     assert (new.token_ids, new.num_prompt_tokens, new.num_computed_tokens) == ([97] * 7, 7, 0)
-    assert (new.block_ids, new.stop_token_ids, new.bad_words_token_ids) == (([1, 2],), [STOP], [[5]])
+    assert (new.block_ids, new.stop_token_ids, new.bad_words_token_ids) == (([1, 2],), [EOS, STOP], [[5]])
     assert [plan.new_block_ids for plan in plans] == [{}, {}, {"a": ([3],)}, {}]
     assert [plan.finished_request_ids for plan in plans] == [[], [], [], ["a"]]
 
@@ -240,6 +240,7 @@ def test_a_resumed_request_computes_its_outputs_again_but_does_not_sample_them_a
     plan = rig.scheduler.schedule()
     [new] = plan.new_requests
     assert (new.token_ids, new.num_prompt_tokens, new.num_computed_tokens) == ([98] * 4 + outputs, 4, 0)
+    assert (plan.num_tokens, rig.scheduler.stats.prompt_tokens) == ([5], 4)
     assert rig.scheduler.update(plan, rig.answer(plan)) == []
     _, gained = rig.step()
     assert gained["b"].new_token_ids == [1009]
@@ -341,6 +342,19 @@ def test_a_prefix_is_shared_from_the_step_after_the_one_that_computed_it():
     assert planned["c"] == 1
     assert outputs["c"].num_cached_tokens == 8
     assert (rig.scheduler.stats.prefix_queries, rig.scheduler.stats.prefix_hits) == (9, 8)
+
+
+@pytest.mark.parametrize(
+    ("caching", "params"), [(False, SamplingParams()), (True, SamplingParams(skip_reading_prefix_cache=True))]
+)
+def test_who_does_not_read_the_prefix_cache_is_not_counted(caching, params):
+    rig = Rig(caching=caching)
+    rig.add("a", [1] * 9)
+    rig.step()
+    rig.add("b", [1] * 9, params=params)
+    planned, outputs = rig.step()
+    assert (planned["b"], outputs["b"].num_cached_tokens) == (9, 0)
+    assert (rig.scheduler.stats.prefix_queries, rig.scheduler.stats.prefix_hits) == (0, 0)
 
 
 def test_a_prefix_whose_step_is_still_in_flight_is_not_shared():
@@ -592,3 +606,12 @@ def test_strict_kv_sees_damage(damage):
     damage(rig.scheduler)
     with pytest.raises(AssertionError):
         rig.scheduler.check()
+
+
+def test_strict_kv_checks_after_each_step():
+    rig = Rig()
+    rig.add("a")
+    plan = rig.scheduler.schedule()
+    rig.scheduler.kv.pool.touch(rig.scheduler.kv.pool.blocks[1:2])
+    with pytest.raises(AssertionError, match="has 1 holders"):
+        rig.scheduler.update(plan, rig.answer(plan))

@@ -100,6 +100,13 @@ def test_bytes_that_are_no_text_are_not_held_for_ever(tokenizers: dict[str, Toke
         assert sum(map(bool, parts)) > 100 // MAX_HELD_TOKENS
 
 
+@pytest.mark.parametrize("bad", range(10, 20))
+def test_a_character_behind_bad_bytes_stays_whole(byte_level: Tokenizer, bad: int) -> None:
+    letters = [byte_letter(byte) for byte in b"\xff" * bad + "中🜁".encode()]
+    ids = [byte_level.backend.token_to_id(letter) for letter in letters]
+    assert "".join(deltas(Detokenizer(byte_level), ids)) == "\ufffd" * bad + "中🜁"
+
+
 @pytest.mark.parametrize(("skip", "spaces", "expected"), [
     (True, True, "the cat"), (False, True, "the <|user|> </s> cat"), (False, False, "the <|user|></s> cat"),
 ])

@@ -154,11 +154,12 @@ def test_the_token_that_ends_a_text_is_no_part_of_it(
 
 def test_min_tokens_counts_the_token_that_ends_the_text(make_rig, byte_level: Tokenizer) -> None:
     """The stop string is complete with the last token that is exempt, so it is none."""
-    rig = make_rig()
-    (core_id,) = rig.add(stop=["b"], min_tokens=2)
-    ids = [*byte_level.encode("a"), *byte_level.encode("b"), EOS]
-    (output,) = rig.step(core_id, ids, finish_reason="stop")
-    assert (output.outputs[0].text, output.outputs[0].stop_reason) == ("ab", None)
+    a, b, unfinished = byte_level.encode("ab") + byte_level.encode("🜁")[:1]
+    for ids, reason, text in (([a, b, EOS], "stop", "ab"), ([a, unfinished], "length", "a\ufffd")):
+        rig = make_rig()
+        (core_id,) = rig.add(stop=["b", "\ufffd"], min_tokens=2)
+        (output,) = rig.step(core_id, ids, finish_reason=reason)
+        assert (output.outputs[0].text, output.outputs[0].stop_reason) == (text, None)
 
 
 @pytest.mark.parametrize("tokenized", [True, False])
@@ -209,12 +210,11 @@ def test_several_completions(make_rig, byte_level: Tokenizer) -> None:
     ids = byte_level.encode("a")
     for kind in RequestOutputKind:
         rig = make_rig()
-        children = rig.add(n=3, output_kind=kind, stop=["aa"])
-        assert children == ["0_r", "1_r", "2_r"] and rig.processor.num_unfinished == 1
-        assert [rig.processor.user_id(name) for name in ("2_r", "other")] == ["r", "other"]
-        outputs = rig.step("2_r", ids) + rig.step("1_r", ids, finish_reason="length") + rig.step("0_r", ids)
-        outputs += rig.step("2_r", ids) + rig.step("0_r", [*ids, EOS], finish_reason="stop")
-        assert rig.aborted == ["2_r"] and not rig.processor.has_unfinished()
+        a, b, c = rig.add(n=3, output_kind=kind, stop=["aa"])
+        assert rig.processor.num_unfinished == 1
+        outputs = rig.step(c, ids) + rig.step(b, ids, finish_reason="length") + rig.step(a, ids)
+        outputs += rig.step(c, ids) + rig.step(a, [*ids, EOS], finish_reason="stop")
+        assert rig.aborted == [c] and not rig.processor.has_unfinished()
         assert [output.finished for output in outputs][-1] and not any(o.finished for o in outputs[:-1])
         if kind == FINAL_ONLY:
             assert len(outputs) == 1
@@ -228,22 +228,22 @@ def test_several_completions(make_rig, byte_level: Tokenizer) -> None:
 def test_abort(make_rig, byte_level: Tokenizer, kind: RequestOutputKind) -> None:
     """Held back text comes with the last output; ended completions keep their end; twice is once."""
     rig, ids = make_rig(), byte_level.encode("ab") + byte_level.encode("🜁")[:1]
-    rig.add(n=2, output_kind=kind, stop=["bcd"])
+    a, b = rig.add(n=2, output_kind=kind, stop=["bcd"])
     rig.add("other")
-    outputs = rig.step("0_r", ids) + rig.step("1_r", ids, finish_reason="length")
+    outputs = rig.step(a, ids) + rig.step(b, ids, finish_reason="length")
     last, core_ids = rig.processor.abort(["r", "nobody"])
-    assert core_ids == ["0_r"] and [output.finished for output in last] == [True]
+    assert core_ids == [a] and [output.finished for output in last] == [True]
     assert [(c.text, c.finish_reason, c.token_ids) for c in total(outputs + last)] == [
         ("ab\ufffd", "abort", ids), ("ab\ufffd", "length", ids)]
-    assert rig.processor.abort(["r"]) == ([], []) and rig.step("0_r", ids) == []
+    assert rig.processor.abort(["r"]) == ([], []) and rig.step(a, ids) == []
     assert rig.processor.num_unfinished == 1
 
 
 def test_engine_death_and_errors_of_one_request(make_rig) -> None:
     rig = make_rig()
-    rig.add("one")
+    (one,) = rig.add("one")
     rig.add("two", n=2, output_kind=FINAL_ONLY)
-    (failed,) = rig.step("one", finish_reason="error", error="logits are not numbers")
+    (failed,) = rig.step(one, finish_reason="error", error="logits are not numbers")
     assert (failed.finished, failed.outputs[0].error) == (True, "logits are not numbers")
     (last,) = rig.processor.fail_all("the engine is gone")
     assert [(c.index, c.finish_reason, c.error) for c in last.outputs] == [
@@ -251,24 +251,32 @@ def test_engine_death_and_errors_of_one_request(make_rig) -> None:
     assert not rig.processor.has_unfinished() and rig.processor.fail_all("again") == []
 
 
-@pytest.mark.parametrize(("first", "second"), [
-    (("r", 1), ("r", 1)), (("r", 2), ("1_r", 1)), (("0_r", 1), ("r", 2)),
-])
-def test_an_id_in_use_is_refused(make_rig, first: tuple[str, int], second: tuple[str, int]) -> None:
+def test_a_refusal_ends_the_whole_request_and_no_other(make_rig) -> None:
     rig = make_rig()
-    rig.add(first[0], n=first[1])
+    rig.add("1_r")
+    a, b = rig.add("r", n=2)
+    (output,) = rig.step(a, finish_reason="error", error="full", error_code="engine_overloaded")
+    assert output.finished and {c.error_code for c in output.outputs} == {"engine_overloaded"}
+    assert rig.aborted == [b] and rig.step(b, [7]) == [] and rig.processor.num_unfinished == 1
+
+
+def test_an_id_in_use_is_refused_and_an_old_one_is_another_request(make_rig) -> None:
+    rig = make_rig()
+    (old,) = rig.add("r")
     with pytest.raises(RequestError, match="in use"):
-        rig.add(second[0], n=second[1])
-    assert rig.processor.num_unfinished == 1
+        rig.add("r", n=2)
+    rig.processor.abort(["r"])
+    (new,) = rig.add("r")
+    assert new != old and rig.step(old, [7]) == [] and rig.step(new, [7])[0].request_id == "r"
 
 
 def test_metrics(make_rig) -> None:
     rig = make_rig()
-    rig.add(n=2, output_kind=CUMULATIVE)
-    rig.step("0_r", now=2.0, first_scheduled_time=1.5, num_cached_tokens=3)
-    rig.step("1_r", [7], now=3.0, first_scheduled_time=1.7, num_cached_tokens=9, num_preemptions=1)
-    rig.step("1_r", [7], now=4.0, num_preemptions=2, finish_reason="length")
-    (output,) = rig.step("0_r", [7], now=6.0, num_preemptions=1, finish_reason="length")
+    a, b = rig.add(n=2, output_kind=CUMULATIVE)
+    rig.step(a, now=2.0, first_scheduled_time=1.5, num_cached_tokens=3)
+    rig.step(b, [7], now=3.0, first_scheduled_time=1.7, num_cached_tokens=9, num_preemptions=1)
+    rig.step(b, [7], now=4.0, num_preemptions=2, finish_reason="length")
+    (output,) = rig.step(a, [7], now=6.0, num_preemptions=1, finish_reason="length")
     metrics = output.metrics
     assert (metrics.arrival_time, metrics.first_scheduled_time, metrics.first_token_time) == (1.0, 1.5, 3.0)
     assert (metrics.finished_time, metrics.num_preemptions, output.num_cached_tokens) == (6.0, 3, 3)
