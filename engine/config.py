@@ -42,7 +42,9 @@ class ModelConfig:
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Every id that ends a text: generation_config first, config.json second; a list or one id."""
-        eos = self.generation_config.get("eos_token_id", self.hf_config.get("eos_token_id"))
+        eos = self.generation_config.get("eos_token_id")
+        if eos is None:
+            eos = self.hf_config.get("eos_token_id")
         if eos is None:
             return ()
         return tuple(eos) if isinstance(eos, list) else (eos,)

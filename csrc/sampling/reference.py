@@ -1,4 +1,4 @@
-"""Sampling in plain torch, without sorts and host syncs; a row's result is a function of that row alone.
+"""Sampling in plain torch, without host syncs; each row's result is a function of that row alone.
 
 That last promise is kept bit for bit. Sums whose order a library may change with the shape of the batch are
 taken over integers: probabilities become fixed-point weights, and integers add up the same in any order.

@@ -169,7 +169,7 @@ def socket_folder() -> tempfile.TemporaryDirectory[str]:
     folder = tempfile.TemporaryDirectory(prefix="nybble-")
     if len(f"{folder.name}/core".encode()) > MAX_SOCKET_PATH:
         folder.cleanup()
-        folder = tempfile.TemporaryDirectory(prefix="nybble-", dir="/tmp")  # noqa: S108
+        folder = tempfile.TemporaryDirectory(prefix="nybble-", dir="/tmp")
     return folder
 
 

@@ -105,7 +105,8 @@ def test_minus_one_is_the_whole_vocabulary(llm):
 def test_prompt_logprobs_survive_chunks_and_the_prefix_cache(llama, llm):
     params = GREEDY.replace(prompt_logprobs=1, max_tokens=3)
     whole = llm.generate([PROMPT], params, use_tqdm=False)[0].prompt_logprobs
-    small = LLM(str(llama), use_tqdm_on_load=False, num_gpu_blocks_override=50, max_num_batched_tokens=7, max_num_seqs=4)
+    small = LLM(str(llama), use_tqdm_on_load=False, num_gpu_blocks_override=50, max_num_batched_tokens=7,
+                max_num_seqs=4)
     for _ in range(2):
         again = small.generate([PROMPT], params, use_tqdm=False)[0].prompt_logprobs
         assert [list(e or ()) for e in again] == [list(e or ()) for e in whole]

@@ -16,7 +16,7 @@ BAD = [
     dict(top_k=1.5), dict(min_p=-0.1), dict(min_p=1.1), dict(seed=2**64), dict(seed="a"), dict(max_tokens=0),
     dict(min_tokens=-1), dict(min_tokens=17), dict(logprobs=-2), dict(prompt_logprobs=-2), dict(stop=""),
     dict(stop=["x"] * 17), dict(stop=["x" * 1025]), dict(stop=["x"], detokenize=False), dict(logit_bias={5: 101.0}),
-    dict(logit_bias={i: 1.0 for i in range(1025)}), dict(allowed_token_ids=[]), dict(bad_words=[""]),
+    dict(logit_bias=dict.fromkeys(range(1025), 1.0)), dict(allowed_token_ids=[]), dict(bad_words=[""]),
     dict(bad_words=["x"] * 129), dict(bad_words=["x" * 1025]), dict(stop_token_ids=[5] * 129),
     dict(truncate_prompt_tokens=-2),
 ]

@@ -43,8 +43,8 @@ def test_an_unknown_level_is_an_error(untouched, monkeypatch):
 
 
 def test_trace_function_writes_every_call():
-    code = ("from nybble.plugins import log, env; log.configure()\n"
-            "import threading; t = threading.Thread(target=env.read_flag, args=('NYBBLE_STRICT_KV',)); t.start(); t.join()")
+    code = ("import threading; from nybble.plugins import log, env; log.configure()\n"
+            "t = threading.Thread(target=env.read_flag, args=('NYBBLE_STRICT_KV',)); t.start(); t.join()")
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                          env={"NYBBLE_TRACE_FUNCTION": "1", "PATH": "/usr/bin:/bin"})
     path = Path(re.search(r"tracing every nybble call to (\S+);", run.stderr)[1])
