@@ -18,6 +18,7 @@ class ModelConfig:
         hf_config: config.json after `hf_overrides`, untouched otherwise.
         architecture: the entry of `architectures` that a plugin implements.
         dtype: torch dtype name of activations and unquantized weights ("float32", "bfloat16", "float16").
+        quantization: the method's plugin name; `quantization_config` is what the checkpoint says of it.
         max_model_len: longest prompt plus output, in tokens.
         generation_config: generation_config.json, or {} when absent or switched off.
         is_demo: the embedded toy checkpoint; stamped on everything that reports about it.
@@ -32,6 +33,7 @@ class ModelConfig:
     max_model_len: int
     vocab_size: int
     quantization: str | None = None
+    quantization_config: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     max_logprobs: int = 20
     generation_config: dict[str, Any] = field(default_factory=dict)

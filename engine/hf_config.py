@@ -149,17 +149,25 @@ def checkpoint_dtype(hf: dict[str, Any]) -> Derived | None:
 
 def quantization_of(hf: dict[str, Any], folder: Path) -> Derived | None:
     """The quantization method that config.json names, or a tool's own file beside it; None if unquantized."""
+    settings = quantization_settings(hf, folder)
+    if settings is None:
+        return None
+    method = settings.value.get("quant_method", SIDECARS.get(settings.origin))
+    if not isinstance(method, str):
+        raise CheckpointError(f"{settings.origin} names no quant_method", found=json.dumps(settings.value)[:200])
+    return Derived(method, settings.origin)
+
+
+def quantization_settings(hf: dict[str, Any], folder: Path) -> Derived | None:
+    """The object that describes a checkpoint's quantization, and where it stands; None if there is none."""
     for key in ("quantization_config", "compression_config"):
         if hf.get(key) is not None:
-            method = hf[key].get("quant_method") if isinstance(hf[key], dict) else None
-            if not isinstance(method, str):
-                raise CheckpointError(
-                    f"{key} in config.json names no quant_method", found=json.dumps(hf[key])[:200]
-                )
-            return Derived(method, f"config.json {key}")
-    for name, tool in SIDECARS.items():
+            if not isinstance(hf[key], dict):
+                raise CheckpointError(f"config.json {key} names no quant_method", found=json.dumps(hf[key])[:200])
+            return Derived(hf[key], f"config.json {key}")
+    for name in SIDECARS:
         if (folder / name).is_file():
-            return Derived(str(read_json(folder / name).get("quant_method", tool)), name)
+            return Derived(read_json(folder / name), name)
     return None
 
 

@@ -241,6 +241,7 @@ def _model_config(
         max_model_len=_max_model_len(args.max_model_len, hf),
         vocab_size=hf_config.vocabulary_size(hf),
         quantization=_quantization(args.quantization, host, hf, folder),
+        quantization_config=_quantization_config(hf, folder),
         seed=args.seed,
         max_logprobs=args.max_logprobs,
         generation_config=hf_config.read_generation_config(folder, hf, args.generation_config),
@@ -336,6 +337,12 @@ def _quantization(asked: str | None, host: PluginHost, hf: dict[str, Any], folde
     if found.value not in host.names("quant"):
         raise _missing(host, "quant", found.value, "quantization method", found.origin)
     return str(found.value)
+
+
+def _quantization_config(hf: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What the checkpoint says of its quantization; {} when it says nothing."""
+    settings = hf_config.quantization_settings(hf, folder)
+    return dict(settings.value) if settings else {}
 
 
 def _scheduler_config(args: EngineArgs, max_model_len: int, device: str) -> SchedulerConfig:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -46,7 +47,7 @@ class CausalLM(nn.Module):
     regular expression over checkpoint names to the reason why such a tensor is of no use.
     """
 
-    ignored_tensors: ClassVar[Mapping[str, str]] = {}
+    ignored_tensors: Mapping[str, str] = MappingProxyType({})
     head: nn.Module
 
     @abstractmethod

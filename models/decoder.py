@@ -6,7 +6,6 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from ..quant import Linear
 from .attention import Attention
 from .base import Batch, CausalLM
 from .layers import Embedding, RMSNorm
@@ -16,7 +15,7 @@ from .rope import Rotary
 class SelfAttention(nn.Module):
     """Fused q, k, v projection, attention, output projection."""
 
-    def __init__(self, qkv: Linear, attn: Attention, out: Linear) -> None:
+    def __init__(self, qkv: nn.Module, attn: Attention, out: nn.Module) -> None:
         super().__init__()
         self.qkv, self.attn, self.out = qkv, attn, out
 

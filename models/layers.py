@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..csrc.norm_rope import rms_norm, silu_mul
-from ..quant import FLOAT_SOURCES, Linear, Slot
+from ..quant import FLOAT_SOURCES, Slot
 
 
 class RMSNorm(nn.Module):
@@ -58,7 +58,7 @@ class TiedHead(nn.Module):
 class GatedMLP(nn.Module):
     """down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
 
-    def __init__(self, gate_up: Linear, down: Linear) -> None:
+    def __init__(self, gate_up: nn.Module, down: nn.Module) -> None:
         super().__init__()
         self.gate_up, self.down = gate_up, down
 

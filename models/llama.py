@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
 
 from .attention import Attention
 from .decoder import DecoderLayer, DecoderLM, SelfAttention
@@ -39,7 +38,7 @@ class LlamaConfig:
 
 
 class LlamaForCausalLM(DecoderLM):
-    ignored_tensors: ClassVar[Mapping[str, str]] = ROTARY_TABLES
+    ignored_tensors: Mapping[str, str] = ROTARY_TABLES
 
     def __init__(self, fields: Fields, make: Make) -> None:
         c, body = LlamaConfig(fields), make.at("model")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
 
 from .attention import Attention
 from .decoder import DecoderLayer, DecoderLM, SelfAttention
@@ -48,7 +47,7 @@ def layer_windows(f: Fields, layers: int) -> list[int | None]:
 
 
 class Qwen2ForCausalLM(DecoderLM):
-    ignored_tensors: ClassVar[Mapping[str, str]] = ROTARY_TABLES
+    ignored_tensors: Mapping[str, str] = ROTARY_TABLES
 
     def __init__(self, fields: Fields, make: Make) -> None:
         c, body = Qwen2Config(fields), make.at("model")

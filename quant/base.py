@@ -5,12 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .scheme import Scheme
+
 Weights = dict[str, Tensor]
+
+# Rows dequantized at a time: a tile of a 4096-wide matrix in float32 is 4 MiB and stays in a processor's cache.
+TILE_ROWS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +43,17 @@ class LayerShape:
         return sum(p.size for p in self.parts)
 
 
+class Stored(NamedTuple):
+    """A tensor as a checkpoint's header describes it."""
+
+    dtype: torch.dtype | None
+    shape: tuple[int, ...]
+
+
+Found = Mapping[str, Stored]
+"""The stored tensors of one module by the last part of their names: {"qweight": Stored(torch.int32, (32, 256))}."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class WeightSpec:
     """One stored tensor of a layer.
@@ -45,7 +61,9 @@ class WeightSpec:
     Attributes:
         shape, dtype: of the whole fused tensor in memory.
         out_dim: dimension along which the parts of a fused layer are stacked; None when all parts share the tensor.
-        out_per: output features that one element along `out_dim` stands for (packing, groups).
+        out_per: output features that one element along `out_dim` stands for (packing, blocks); a part's last element
+            may stand for fewer.
+        per_part: dimension 0 counts the parts, and each part's tensor is one entry of it; excludes `out_dim`.
         sources: dtypes a checkpoint may store it in; empty means exactly `dtype`.
     """
 
@@ -53,6 +71,7 @@ class WeightSpec:
     dtype: torch.dtype
     out_dim: int | None = 0
     out_per: int = 1
+    per_part: bool = False
     sources: tuple[torch.dtype, ...] = ()
 
 
@@ -87,10 +106,12 @@ def part_slots(prefix: str, shape: LayerShape, specs: Mapping[str, WeightSpec], 
     """
     for name, spec in specs.items():
         start = 0
-        for part in shape.parts:
+        for i, part in enumerate(shape.parts):
             target = weights[name]
-            if spec.out_dim is not None:
-                rows = part.size // spec.out_per
+            if spec.per_part:
+                target = target[i]
+            elif spec.out_dim is not None:
+                rows = -(-part.size // spec.out_per)
                 target = target.narrow(spec.out_dim, start, rows)
                 start += rows
             full = f"{prefix}.{part.name}.{name}" if prefix else f"{part.name}.{name}"
@@ -98,7 +119,10 @@ def part_slots(prefix: str, shape: LayerShape, specs: Mapping[str, WeightSpec], 
 
 
 class LinearMethod(ABC):
-    """How one linear layer is stored and multiplied. Stateless: tensors live in the layer, settings in the object."""
+    """How one linear layer is stored and multiplied. Stateless: tensors live in the layer, settings in the object.
+
+    Methods are frozen dataclasses: the parts of a fused layer share storage exactly when their methods are equal.
+    """
 
     @abstractmethod
     def specs(self, shape: LayerShape, dtype: torch.dtype) -> dict[str, WeightSpec]:
@@ -110,11 +134,53 @@ class LinearMethod(ABC):
 
     @abstractmethod
     def dequant(self, weights: Weights) -> Tensor:
-        """The matrix the weights stand for, [out_features, in_features], in floating point: the reference."""
+        """The matrix the weights stand for, [out_features, in_features], in float32: the reference."""
 
-    def after_load(self, weights: Weights) -> Weights:
-        """Repack once when every tensor is in place; returns what `apply` will be given."""
+    def after_load(self, weights: Weights, shape: LayerShape) -> Weights:
+        """Repack and check once every tensor is in place; returns what `apply` and `dequant` will be given.
+
+        Raises CheckpointError for values that cannot be meant, such as a zero or NaN scale.
+        """
         return weights
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """What kernels match on; None for plain weights."""
+        return None
+
+    @property
+    def fusable(self) -> bool:
+        """Whether several parts may share one layer (their inputs need the same treatment)."""
+        return True
+
+
+class TiledMethod(LinearMethod):
+    """A method that says what some rows stand for; multiplies tile by tile, never holding the whole matrix."""
+
+    @abstractmethod
+    def dequant_rows(self, weights: Weights, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of the matrix, [stop - start, in_features] in float32."""
+
+    @abstractmethod
+    def rows(self, weights: Weights) -> int:
+        """out_features."""
+
+    def quantize_input(self, weights: Weights, x: Tensor) -> Tensor:
+        """x as the format's product sees it, dequantized again; x itself for weight-only formats."""
+        return x
+
+    def dequant(self, weights: Weights) -> Tensor:
+        return self.dequant_rows(weights, 0, self.rows(weights))
+
+    def apply(self, weights: Weights, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        x = self.quantize_input(weights, x)
+        rows = self.rows(weights)
+        out = x.new_empty(*x.shape[:-1], rows)
+        for start in range(0, rows, TILE_ROWS):
+            stop = min(start + TILE_ROWS, rows)
+            tile = self.dequant_rows(weights, start, stop).to(x.dtype)
+            out[..., start:stop] = torch.nn.functional.linear(x, tile)
+        return out if bias is None else out + bias
 
 
 class QuantizationConfig(ABC):
@@ -126,8 +192,22 @@ class QuantizationConfig(ABC):
         """Read `quantization_config` of config.json. Raises CheckpointError on what it does not implement."""
 
     @abstractmethod
-    def method_for(self, layer_name: str, shape: LayerShape) -> LinearMethod | None:
-        """The method of one layer, or None when the checkpoint leaves it unquantized."""
+    def method_for(self, layer_name: str, shape: LayerShape, found: Found | None) -> LinearMethod | None:
+        """The method of one checkpoint matrix, or None when it is stored in floating point.
+
+        Args:
+            layer_name: its full name, "model.layers.0.self_attn.q_proj".
+            shape: of this matrix alone.
+            found: what the checkpoint stores of it; None when weights are made up (the config decides alone).
+
+        What is stored decides, the config fills in what cannot be seen. Raises CheckpointError, with both readings,
+        when they contradict each other.
+        """
+
+    @property
+    def ignored_tensors(self) -> Mapping[str, str]:
+        """Patterns of stored tensors that the method has no use for -> why (as `CausalLM.ignored_tensors`)."""
+        return {}
 
 
 @dataclass(frozen=True)
@@ -144,4 +224,4 @@ class Unquantized(LinearMethod):
         return torch.nn.functional.linear(x, weights["weight"], bias)
 
     def dequant(self, weights: Weights) -> Tensor:
-        return weights["weight"]
+        return weights["weight"].float()

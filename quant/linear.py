@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ class Linear(nn.Module):
             yield from part_slots(self.prefix, self.shape, {"bias": spec}, {"bias": self.bias})
 
     def after_load(self) -> None:
-        self.weights = self.method.after_load(self.weights)
+        self.weights = self.method.after_load(self.weights, self.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.method.apply(self.weights, x, self.bias)
@@ -47,3 +47,14 @@ class Linear(nn.Module):
     def extra_repr(self) -> str:
         parts = "+".join(f"{p.name}:{p.size}" for p in self.shape.parts)
         return f"{self.shape.in_features} -> {parts}, {type(self.method).__name__}"
+
+
+class SplitLinear(nn.Module):
+    """Parts of one input that are stored in different ways, side by side; the outputs are joined in order."""
+
+    def __init__(self, parts: Sequence[Linear]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([part(x) for part in self.parts], dim=-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -109,3 +110,47 @@ def transformers_greedy():
         return outputs
 
     return generate
+
+
+@pytest.fixture(scope="session")
+def forward_logits():
+    """forward_logits(folder, ids, cuts) -> float32 logits [T, vocab], computing ids in chunks that end at `cuts`.
+
+    A model of nybble alone: loaded strictly, its cache paged and poisoned.
+    """
+    import numpy as np
+    import torch
+
+    from nybble.engine.args import EngineArgs
+    from nybble.engine.attention.base import StepShape
+    from nybble.engine.attention.torch_paged import TorchPagedBackend
+    from nybble.engine.loader import get_model
+    from nybble.engine.plan import KVCacheLayout
+    from nybble.models import Batch
+    from nybble.plugins.manager import PluginHost
+
+    host, block = PluginHost.load(allow=""), 4
+
+    def run(folder: Path, ids: Any, cuts: tuple[int, ...] = ()) -> Any:
+        args = EngineArgs(model=str(folder), device="cpu", dtype="float32", skip_tokenizer_init=True,
+                          use_tqdm_on_load=False)
+        model = get_model(args.create_engine_config(host), host, torch.device("cpu")).model
+        length = len(ids)
+        blocks = -(-length // block)
+        table = torch.randperm(blocks, generator=torch.Generator().manual_seed(0)).int()[None] + 1
+        layout = KVCacheLayout(num_blocks=blocks + 1, block_size=block, groups=[])
+        backend = TorchPagedBackend(model.attention_layers(), layout, dtype=torch.float32, device=torch.device("cpu"))
+        for cache in backend.caches:
+            cache.fill_(float("nan"))  # nothing unwritten may be read
+        positions = torch.arange(length)
+        slots = table[0, positions // block].long() * block + positions % block
+        logits = []
+        for start, end in pairwise((0, *cuts, length)):
+            step = StepShape(query_lens=np.array([end - start]), seq_lens=np.array([end]), block_table=table,
+                             host_block_table=table.numpy(), slots=slots[start:end])
+            with torch.inference_mode():
+                hidden = model(Batch(ids=ids[start:end], positions=positions[start:end], attn=backend.prepare(step)))
+                logits.append(model.compute_logits(hidden))
+        return torch.cat(logits)
+
+    return run

@@ -8,10 +8,14 @@ from pathlib import Path
 import torch
 
 from ...models import CausalLM, Fields, Make
-from ...plugins.errors import CheckpointError
 from ...plugins.manager import PluginHost
+from ...quant import Found, QuantizationConfig, Stored, get_quantization_config
 from ..config import EngineConfig
 from .base import LoadReport, WeightLoader
+from .ledger import TORCH_DTYPES
+from .scan import Checkpoint, scan
+
+SAFETENSORS = "safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,16 +31,33 @@ def get_model(config: EngineConfig, host: PluginHost, device: torch.device) -> L
 
     Raises CheckpointError naming each field or tensor that does not fit; PluginError when a plugin's part is broken.
     """
-    if config.model.quantization is not None:
-        raise CheckpointError("quantized weights are not implemented in this release",
-                              found=f"quantization {config.model.quantization}",
-                              fix="serve a checkpoint in 16 or 32 bits")
     dtype = getattr(torch, config.model.dtype)
+    folder = Path(config.model.model)
+    loader_name = SAFETENSORS if config.load.load_format == "auto" else config.load.load_format
+    quant = quantization(config, host)
+    stored = stored_modules(scan(folder)) if quant and loader_name == SAFETENSORS else None
+    make = Make(dtype=dtype, device=device, max_len=config.model.max_model_len, quant=quant, stored=stored)
     model_class = host.resolve("model", config.model.architecture)
-    make = Make(dtype=dtype, device=device, max_len=config.model.max_model_len)
     model = model_class(Fields(config.model.hf_config, config.model.architecture), make)
-    name = "safetensors" if config.load.load_format == "auto" else config.load.load_format
-    loader: WeightLoader = host.resolve("loader", name)()
-    report = loader.load(model, Path(config.model.model), seed=config.model.seed, progress=config.load.use_tqdm)
+    if quant is not None:
+        model.ignored_tensors = {**model.ignored_tensors, **quant.ignored_tensors}
+    loader: WeightLoader = host.resolve("loader", loader_name)()
+    report = loader.load(model, folder, seed=config.model.seed, progress=config.load.use_tqdm)
     model.after_load()
     return LoadedModel(model=model.eval(), report=report)
+
+
+def quantization(config: EngineConfig, host: PluginHost) -> QuantizationConfig | None:
+    """How the checkpoint is quantized, as its method's plugin reads it."""
+    if config.model.quantization is None:
+        return None
+    return get_quantization_config(config.model.quantization, host).from_checkpoint(config.model.quantization_config)
+
+
+def stored_modules(checkpoint: Checkpoint) -> dict[str, Found]:
+    """What the checkpoint stores of each module: {"model.layers.0.mlp.up_proj": {"qweight": Stored(...), ...}}."""
+    modules: dict[str, dict[str, Stored]] = {}
+    for name, info in checkpoint.tensors.items():
+        module, _, last = name.rpartition(".")
+        modules.setdefault(module, {})[last] = Stored(TORCH_DTYPES.get(info.dtype), info.shape)
+    return dict(modules)
