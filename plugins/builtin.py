@@ -19,6 +19,16 @@ def nybble_models() -> Table:
 
 
 @hookimpl
+def nybble_quants() -> Table:
+    return {
+        "awq": "nybble.quant.awq:AWQConfig",
+        "compressed-tensors": "nybble.quant.compressed_tensors:CompressedTensorsConfig",
+        "fp8": "nybble.quant.fp8:Fp8Config",
+        "gptq": "nybble.quant.gptq:GPTQConfig",
+    }
+
+
+@hookimpl
 def nybble_attention_backends() -> Table:
     return {"torch": "nybble.engine.attention.torch_paged:TorchPagedBackend"}
 

@@ -43,6 +43,7 @@ VERBS = {
         None,
         ("latency", "throughput", "serve", "transformers", "step", "startup", "compare"),
     ),
+    "inspect": Verb("[MODEL] [flags]", "what a checkpoint holds and what would keep it from loading", "inspect"),
     "plugins": Verb("list | show NAME", "what is installed, what it provides, what failed", "plugins"),
     "config": Verb("show [MODEL] [flags]", "every setting, its value and where that came from", "config", ("show",)),
     "env": Verb("[--json]", "describe this machine and installation, for a bug report", "env"),

@@ -53,7 +53,7 @@ def quiet_world(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixtur
 
 def make_namespace(*keys: str, overrides: tuple[str, ...] = (), target: str = "json:dumps",
                    **hooks: Callable[..., Any]) -> SimpleNamespace:
-    """A plugin that provides `keys` ("quant:awq"), all at `target`, and implements `hooks`."""
+    """A plugin that provides `keys` ("proposer:awq"), all at `target`, and implements `hooks`."""
     tables: dict[str, dict[str, str]] = {}
     for key in keys:
         kind, _, name = key.partition(":")

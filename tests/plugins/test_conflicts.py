@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from nybble.plugins.errors import PluginError
 from nybble.plugins.manager import PluginHost
 
-A = "quant:awq"
+A = "proposer:awq"
 DUMMY = "loader:dummy"  # a built-in
 
 
 def outcome(host: PluginHost) -> tuple[dict[str, str], dict[str, str]]:
     """Status of each plugin that is not built in, and the owner of every quant method."""
     return ({p.name: p.status for p in host.plugins if p.name != "builtin"},
-            {name: host.owner("quant", name) for name in host.names("quant")})
+            {name: host.owner("proposer", name) for name in host.names("proposer")})
 
 
 # plugins as name -> (what they provide, what they override); --prefer; who fails; who owns the first key
@@ -54,30 +54,30 @@ def test_who_wins(namespace, caplog, plugins, prefer, failed, owner):
 
 
 def test_a_refused_plugin_frees_its_other_names(namespace):
-    extra = [("a", namespace(A)), ("b", namespace(A, "quant:x")), ("c", namespace("quant:x"))]
+    extra = [("a", namespace(A)), ("b", namespace(A, "proposer:x")), ("c", namespace("proposer:x"))]
     assert outcome(PluginHost.load(extra=extra)) == ({"a": "loaded", "b": "failed", "c": "loaded"},
                                                      {"awq": "a", "x": "c"})
 
 
 @pytest.mark.parametrize("prefer, said", [
     (["awq=a"], "not of the form kind:name=plugin"),
-    (["quant:awq"], "not of the form kind:name=plugin"),
-    (["qaunt:awq=a"], "did you mean quant?"),
-    (["quant:awq=a", "quant:awq=b"], "chooses two plugins"),
-    (["quant:awq=aa"], "there is no plugin 'aa'"),
-    (["quant:agw=a"], "did you mean quant:awq?"),
-    (["quant:other=a"], "plugin 'a' does not provide quant:other"),
-    (["quant:bad=bad"], "plugin 'bad' is failed"),
+    (["proposer:awq"], "not of the form kind:name=plugin"),
+    (["propsoer:awq=a"], "did you mean proposer?"),
+    (["proposer:awq=a", "proposer:awq=b"], "chooses two plugins"),
+    (["proposer:awq=aa"], "there is no plugin 'aa'"),
+    (["proposer:agw=a"], "did you mean proposer:awq?"),
+    (["proposer:other=a"], "plugin 'a' does not provide proposer:other"),
+    (["proposer:bad=bad"], "plugin 'bad' is failed"),
 ])
 def test_a_wrong_choice_is_an_error(namespace, prefer, said):
-    extra = [("a", namespace(A)), ("b", namespace("quant:other")),
-             ("bad", namespace("quant:bad", target="?"))]
+    extra = [("a", namespace(A)), ("b", namespace("proposer:other")),
+             ("bad", namespace("proposer:bad", target="?"))]
     with pytest.raises(PluginError) as error:
         PluginHost.load(extra=extra, prefer=prefer)
     assert said in str(error.value)
 
 
-KEYS = [f"quant:{name}" for name in "uvw"]
+KEYS = [f"proposer:{name}" for name in "uvw"]
 PLUGIN = st.tuples(st.sets(st.sampled_from(KEYS), min_size=1), st.sets(st.sampled_from(KEYS)))
 
 
@@ -94,13 +94,13 @@ def test_order_decides_nothing(namespace, plugins, data):
     assert min(plugins) in loaded, "the first has nobody to be in conflict with"
     assert set(owners) == {key.partition(":")[2] for keys, _ in loaded.values() for key in keys}
     for name, owner in owners.items():
-        rivals = [n for n, (keys, over) in loaded.items() if f"quant:{name}" in over & keys]
+        rivals = [n for n, (keys, over) in loaded.items() if f"proposer:{name}" in over & keys]
         assert rivals in ([owner], []) and owner in loaded
     # taking plugins out one by one never breaks what is left
     for name in data.draw(st.permutations(sorted(loaded))):
         first.unregister(name)
-        assert name not in {first.owner("quant", key) for key in first.names("quant")}
-    assert first.names("quant") == []
+        assert name not in {first.owner("proposer", key) for key in first.names("proposer")}
+    assert first.names("proposer") == []
 
 
 def test_unregister_gives_back_what_was_overridden(namespace):

@@ -18,7 +18,7 @@ HEAD = "from nybble import hookimpl\nNYBBLE_API = (1, 0)\n"
 
 
 def quants(rows: str) -> str:
-    return f"@hookimpl\ndef nybble_quants(): return {rows}\n"
+    return f"@hookimpl\ndef nybble_proposers(): return {rows}\n"
 
 
 GOOD = HEAD + quants("{'good': 'plug_good_method:Method'}")
@@ -50,7 +50,7 @@ BROKEN = {
     "command without place": (BEFORE + "@hookimpl\ndef nybble_cli(commands): commands.add('x', 'y', 'z')",
                               "module:attribute"),
     "overrides what it lacks": (BEFORE + "NYBBLE_OVERRIDES = ('model:A',)", "which the plugin does not"),
-    "overrides as text": (BEFORE + "NYBBLE_OVERRIDES = 'quant:leak'", "must be a tuple"),
+    "overrides as text": (BEFORE + "NYBBLE_OVERRIDES = 'proposer:leak'", "must be a tuple"),
     "takes a built-in's name": (BEFORE + "@hookimpl\ndef nybble_loaders(): return {'dummy': 'm:A'}",
                                 "plugins 'builtin' and 'bad' both provide loader:dummy"),
 }
@@ -67,12 +67,12 @@ def test_a_good_plugin(site):
     assert [p.name for p in host.plugins] == ["builtin", "good"]
     good = info(host, "good")
     assert (good.status, good.version, good.module) == ("loaded", "2.1", "plug_good")
-    assert (good.provides, good.hooks) == (("quant:good",), ("nybble_quants",))
+    assert (good.provides, good.hooks) == (("proposer:good",), ("nybble_proposers",))
     assert good.distribution == "nybble-good"
     assert good.reason is None and 0 < good.load_seconds < 10
-    assert host.names("quant") == ["good"] and host.owner("quant", "good") == "good"
+    assert host.names("proposer") == ["good"] and host.owner("proposer", "good") == "good"
     assert "plug_good_method" not in sys.modules, "a table must not import what it names"
-    assert host.resolve("quant", "good") is sys.modules["plug_good_method"].Method
+    assert host.resolve("proposer", "good") is sys.modules["plug_good_method"].Method
 
 
 @pytest.mark.parametrize("source, reason", BROKEN.values(), ids=BROKEN)
@@ -82,7 +82,7 @@ def test_a_broken_plugin_is_left_out_whole(site, caplog, source, reason):
     host = PluginHost.load()
     bad = info(host, "bad")
     assert bad.status == "failed" and reason in bad.reason and bad.traceback.startswith("Traceback")
-    assert host.names("quant") == ["good"] and host.step_done is None
+    assert host.names("proposer") == ["good"] and host.step_done is None
     assert info(host, "good").status == "loaded"
     assert [r.levelname for r in caplog.records if "plugin bad 1.0 is left out" in r.message] == ["WARNING"]
     with pytest.raises(PluginError, match=r"--strict-plugins(.|\n)*bad: "):
@@ -169,7 +169,7 @@ def test_trace(site, caplog, monkeypatch):
     site.add("good", GOOD)
     monkeypatch.setenv("NYBBLE_TRACE_PLUGINS", "1")
     host = PluginHost.load()
-    assert "hook nybble_quants of good() -> [{'good': 'plug_good_method:Method'}]" in caplog.text
+    assert "hook nybble_proposers of good() -> [{'good': 'plug_good_method:Method'}]" in caplog.text
     host.detect_quant({}, [])
     assert "nybble_detect_quant" not in caplog.text, "nobody implements it"
 

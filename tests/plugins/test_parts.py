@@ -20,19 +20,19 @@ def boom(**_: object) -> None:
 
 
 @pytest.mark.parametrize("asked, said", [
-    ("awqq", ["no quant is named 'awqq'", "known: awq", "did you mean awq?"]),
-    ("gptq", ["no quant is named 'gptq'", "'my_gptq' is failed: nybble_quants:", "mend plugin 'my_gptq'"]),
+    ("awqq", ["no proposer is named 'awqq'", "known: awq", "did you mean awq?"]),
+    ("gptq", ["no proposer is named 'gptq'", "'my_gptq' is failed: nybble_proposers:", "mend plugin 'my_gptq'"]),
     ("mxfp4", ["'twin' is failed: plugins 'awq_fast' and 'twin' both provide", "mend plugin 'twin'"]),
     ("int3", ["plugin 'int3' is blocked: NYBBLE_PLUGINS does not name it", "add it to NYBBLE_PLUGINS"]),
     ("qqqqqq", ["my_gptq", "twin", "int3", "fix:   install a plugin that provides it"]),
 ])
 def test_an_unknown_name_says_who_might_have_had_it(namespace, asked, said):
-    host = load(("awq_fast", namespace("quant:awq")), ("my_gptq", namespace("quant:gptq", target="no colon")),
-                ("twin", namespace("quant:awq", "quant:mxfp4")), ("int3", namespace("quant:int3")),
+    host = load(("awq_fast", namespace("proposer:awq")), ("my_gptq", namespace("proposer:gptq", target="no colon")),
+                ("twin", namespace("proposer:awq", "proposer:mxfp4")), ("int3", namespace("proposer:int3")),
                 allow="awq_fast,my_gptq,twin")
     for ask in (host.resolve, host.owner):
         with pytest.raises(PluginError) as error:
-            ask("quant", asked)
+            ask("proposer", asked)
         assert [s for s in said if s not in str(error.value)] == []
 
 
@@ -45,7 +45,7 @@ def test_an_unknown_name_says_who_might_have_had_it(namespace, asked, said):
 def test_a_part_that_cannot_be_imported(site, namespace, target, cause):
     (site.path / "plug_exits.py").write_text("raise SystemExit(7)")
     (site.path / "plug_raises.py").write_text("1 / 0")
-    host = load(("bad", namespace("model:A", target=target)), ("other", namespace("quant:x")))
+    host = load(("bad", namespace("model:A", target=target)), ("other", namespace("proposer:x")))
     with pytest.raises(PluginError) as error:
         host.resolve("model", "A")
     assert f"model:A of plugin 'bad' cannot be imported from {target}" in str(error.value)
@@ -162,15 +162,15 @@ def test_routes(namespace):
 
 def test_drift(namespace):
     """Workers compare names, versions, contents and who won; an empty fingerprint was never taken."""
-    a, b = ("a", namespace("quant:awq")), ("b", namespace("quant:awq", target="json:loads"))
-    parent = load(a, b, prefer=["quant:awq=b"])
-    load(a, b, prefer=["quant:awq=b"]).check(parent.fingerprint())
+    a, b = ("a", namespace("proposer:awq")), ("b", namespace("proposer:awq", target="json:loads"))
+    parent = load(a, b, prefer=["proposer:awq=b"])
+    load(a, b, prefer=["proposer:awq=b"]).check(parent.fingerprint())
     load().check(())
     for worker, said in [
-        (load(a, b, prefer=["quant:awq=a"]), "parent: quant:awq from b; only here: quant:awq from a"),
+        (load(a, b, prefer=["proposer:awq=a"]), "parent: proposer:awq from b; only here: proposer:awq from a"),
         (load(a), "only in the parent: b unknown "),
-        (load(a, b), "b failed here: plugins 'a' and 'b' both provide quant:awq"),
-        (load(a, ("b", namespace("quant:awq")), prefer=["quant:awq=b"]), "only here: b unknown "),
+        (load(a, b), "b failed here: plugins 'a' and 'b' both provide proposer:awq"),
+        (load(a, ("b", namespace("proposer:awq")), prefer=["proposer:awq=b"]), "only here: b unknown "),
     ]:
         with pytest.raises(PluginError) as error:
             worker.check(parent.fingerprint())

@@ -11,7 +11,7 @@ from nybble.engine.cli import plugins as cli
 from nybble.plugins.errors import PluginError, UsageError
 
 GOOD = ("from nybble import hookimpl\nNYBBLE_API = (1, 0)\n"
-        "@hookimpl\ndef nybble_quants(): return {'[bold]': 'json:dumps'}\n")
+        "@hookimpl\ndef nybble_proposers(): return {'[bold]': 'json:dumps'}\n")
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_list(run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     code, text = run("list")
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line[:1].strip()}
-    assert code == 0 and rows["good"][:3] == ["2.0", "loaded", "quant:[bold]"] and float(rows["good"][3]) > 0
+    assert code == 0 and rows["good"][:3] == ["2.0", "loaded", "proposer:[bold]"] and float(rows["good"][3]) > 0
     assert rows["builtin"][1] == "loaded" and "loader:dummy" in text
     assert "broken 1.0 failed: ZeroDivisionError: division by zero" in text
 
@@ -43,13 +43,13 @@ def test_list_as_json(run):
     assert code == 0 and [*found] == ["builtin", "broken", "good"]
     assert found["good"] | {"load_seconds": 0, "digest": ""} == {
         "name": "good", "version": "2.0", "module": "plug_good", "distribution": "nybble-good",
-        "status": "loaded", "reason": None, "traceback": None, "provides": ["quant:[bold]"],
-        "hooks": ["nybble_quants"], "load_seconds": 0, "digest": ""}
+        "status": "loaded", "reason": None, "traceback": None, "provides": ["proposer:[bold]"],
+        "hooks": ["nybble_proposers"], "load_seconds": 0, "digest": ""}
     assert "1 / 0" in found["broken"]["traceback"]
 
 
 @pytest.mark.parametrize("words, names", [
-    (("list", "--hook", "nybble_quants"), ["good"]),
+    (("list", "--hook", "nybble_proposers"), ["good"]),
     (("list", "--hook", "nybble_loaders"), ["builtin"]),
     (("list", "--hook", "nybble_routes"), []),
     (("show", "broken"), ["broken"]),
@@ -62,7 +62,7 @@ def test_show(run, monkeypatch):
     code, text = run("show", "good")
     lines = dict(line.split(":", 1) for line in text.splitlines())
     assert code == 0 and lines["plugin"].strip() == "good 2.0" and lines["package"].strip() == "nybble-good"
-    assert lines["provides"].strip() == "quant:[bold]" and len(lines["digest"].strip()) == 16
+    assert lines["provides"].strip() == "proposer:[bold]" and len(lines["digest"].strip()) == 16
     code, text = run("show", "broken")
     assert code == 0 and "reason:    ZeroDivisionError" in text and "Traceback (most recent" in text
     monkeypatch.setenv("NYBBLE_PLUGINS", "good")
@@ -70,10 +70,10 @@ def test_show(run, monkeypatch):
 
 
 def test_an_overridden_part_names_the_winner(run, site):
-    site.add("mine", GOOD + "NYBBLE_OVERRIDES = ('quant:[bold]',)")
-    assert "quant:[bold] (overridden by mine)" in run("show", "good")[1]
+    site.add("mine", GOOD + "NYBBLE_OVERRIDES = ('proposer:[bold]',)")
+    assert "proposer:[bold] (overridden by mine)" in run("show", "good")[1]
     assert "overridden" not in run("show", "mine")[1]
-    assert "quant:[bold] (overridden by good)" in run("show", "mine", "--prefer", "quant:[bold]=good")[1]
+    assert "proposer:[bold] (overridden by good)" in run("show", "mine", "--prefer", "proposer:[bold]=good")[1]
 
 
 @pytest.mark.parametrize("words, code", [(["list"], 6), (["show", "broken"], 6), (["show", "good"], 0)])
@@ -84,7 +84,7 @@ def test_strict(run, words, code):
 @pytest.mark.parametrize("words, error, said", [
     (("show", "goood"), PluginError, "did you mean good?"),
     (("list", "--hook", "nybble_quant"), UsageError, "did you mean nybble_quants?"),
-    (("list", "--prefer", "quant:x=nobody"), PluginError, "there is no plugin 'nobody'"),
+    (("list", "--prefer", "proposer:x=nobody"), PluginError, "there is no plugin 'nobody'"),
 ])
 def test_mistakes(run, words, error, said):
     with pytest.raises(error) as raised:

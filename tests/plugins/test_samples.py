@@ -32,7 +32,7 @@ def test_the_notebook_of_the_page_runs(site):
     code = PAGE.read_text().partition("## In tests and notebooks")[2].split("```")[1].removeprefix("python\n")
     (site.path / "notebook.py").write_text(code)
     names = runpy.run_path(str(site.path / "notebook.py"))
-    assert names["part"].__name__ == "MyConfig" and names["host"].names("quant") == []
+    assert names["part"].__name__ == "MyConfig" and names["host"].names("proposer") == []
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,136 @@
+"""What a checkpoint is, from headers alone: architecture, method of every layer, bytes by role, what does not fit."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..models import CausalLM, Fields, Make
+from ..plugins.errors import CheckpointError
+from ..plugins.manager import PluginHost
+from ..quant import Linear
+from . import hf_config
+from .config import EngineConfig
+from .loader import quantization, stored_modules
+from .loader.ledger import TORCH_DTYPES, Ledger
+from .loader.scan import Checkpoint, scan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One linear layer: its checkpoint matrices, its method and scheme, and the bytes it keeps."""
+
+    name: str
+    parts: tuple[str, ...]
+    method: str
+    scheme: str
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """The account of a checkpoint. `problems` are what loading would refuse; `findings` what deserves a look."""
+
+    folder: str
+    architecture: str
+    quantization: str | None
+    evidence: str | None
+    files: tuple[str, ...]
+    file_bytes: int
+    layers: tuple[Layer, ...]
+    bytes_by_role: dict[str, int]
+    problems: tuple[str, ...]
+    findings: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def inspect_checkpoint(config: EngineConfig, host: PluginHost) -> Inspection:
+    """Build the model without memory (torch's meta device) and match it with the headers.
+
+    Raises CheckpointError for what keeps a model from being built at all: broken files, an unknown config field.
+    """
+    folder = Path(config.model.model)
+    checkpoint = scan(folder)
+    quant = quantization(config, host)
+    make = Make(dtype=getattr(torch, config.model.dtype), device=torch.device("meta"), max_len=1, quant=quant,
+                stored=stored_modules(checkpoint) if quant else None)
+    model_class = host.resolve("model", config.model.architecture)
+    model: CausalLM = model_class(Fields(config.model.hf_config, config.model.architecture), make)
+    ignored = {**model.ignored_tensors, **(quant.ignored_tensors if quant else {})}
+    problems: tuple[str, ...] = ()
+    try:
+        Ledger(model.slots(), ignored).match(checkpoint)
+    except CheckpointError as error:
+        problems = tuple(line.strip(" -") for line in str(error).splitlines() if line.startswith("  - "))
+    evidence = hf_config.quantization_settings(config.model.hf_config, folder)
+    return Inspection(
+        folder=str(folder), architecture=config.model.architecture, quantization=config.model.quantization,
+        evidence=evidence.origin if evidence else None, files=tuple(f.name for f in checkpoint.files),
+        file_bytes=sum(f.size for f in checkpoint.files), layers=tuple(linear_layers(model)),
+        bytes_by_role=bytes_by_role(model), problems=problems, findings=tuple(scale_findings(checkpoint)),
+    )
+
+
+def linear_layers(model: CausalLM) -> list[Layer]:
+    """Every linear layer of a model, in module order."""
+    layers = []
+    for module in model.modules():
+        if isinstance(module, Linear):
+            parts = tuple(part.name for part in module.shape.parts)
+            name = f"{module.prefix}.{'+'.join(parts)}".removeprefix(".")
+            scheme = module.method.scheme
+            size = sum(tensor.nbytes for tensor in module.weights.values())
+            size += 0 if module.bias is None else module.bias.nbytes
+            stored = str(scheme) if scheme else str(module.weights["weight"].dtype).removeprefix("torch.")
+            layers.append(Layer(name=name, parts=parts, method=type(module.method).__name__, scheme=stored,
+                                bytes=size))
+    return layers
+
+
+def bytes_by_role(model: CausalLM) -> dict[str, int]:
+    """Bytes the model keeps, by the part of the model they serve: embed, attn, mlp, norms, head."""
+    roles: dict[int, tuple[str, int]] = {}
+    for path, module in model.named_modules():
+        names = path.split(".")
+        role = names[2] if names[0] == "layers" and len(names) > 2 else names[0]
+        for tensor in own_tensors(module):  # a tied head is the embedding's tensor, and counts there
+            roles.setdefault(id(tensor), ("norm" if role.endswith("norm") else role, tensor.nbytes))
+    total: Counter[str] = Counter()
+    for role, size in roles.values():
+        total[role] += size
+    return dict(total)
+
+
+def own_tensors(module: nn.Module) -> list[torch.Tensor]:
+    if isinstance(module, Linear):
+        return [*module.weights.values(), *([] if module.bias is None else [module.bias])]
+    weight = getattr(module, "weight", None)
+    return [weight] if isinstance(weight, torch.Tensor) else []
+
+
+def scale_findings(checkpoint: Checkpoint) -> list[str]:
+    """Scales that cannot be meant: zero, NaN, infinite, or denormal in the dtype they are stored in."""
+    findings = []
+    paths = {file.name: file.path for file in checkpoint.files}
+    for name, info in checkpoint.tensors.items():
+        dtype = TORCH_DTYPES.get(info.dtype)
+        if "scale" not in name.rpartition(".")[2] or dtype is None or not dtype.is_floating_point or not info.nbytes:
+            continue
+        with paths[info.file].open("rb") as file:
+            file.seek(info.offset)
+            values = torch.frombuffer(bytearray(file.read(info.nbytes)), dtype=dtype).float()
+        odd = {
+            "zero": values == 0, "NaN": values.isnan(), "infinite": values.isinf(),
+            "denormal": (values != 0) & (values.abs() < torch.finfo(dtype).tiny),
+        }
+        counts = ", ".join(f"{int(mask.sum())} {what}" for what, mask in odd.items() if mask.any())
+        if counts:
+            findings.append(f"{info.file}: {name}: {counts} of {values.numel()} scales")
+    return findings
