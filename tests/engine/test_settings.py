@@ -310,7 +310,7 @@ def test_quantization_evidence(
     folder = checkpoint(**changes)
     if sidecar:
         Path(folder, sidecar[0]).write_text(sidecar[1])
-    host = make_host(nybble_quants=lambda: dict.fromkeys(("toy", "gptq", "modelopt"), "json:dumps"))
+    host = make_host(nybble_quants=lambda: dict.fromkeys(("toy", "modelopt"), "json:dumps"))
     assert build(folder, host, quantization=asked).model.quantization == method
 
 
