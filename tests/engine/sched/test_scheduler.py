@@ -257,6 +257,14 @@ def test_a_preempted_request_finds_its_own_blocks_again():
     assert output.num_cached_tokens == 0  # what the first admission saved, not the resumption
 
 
+def test_prompt_tokens_that_are_computed_again_are_counted_without_hits_and_outputs():
+    rig = Rig(force_preempt=1.0)
+    rig.add("z", 1)
+    rig.add("a", 6)
+    steps = [(rig.step()[0], rig.scheduler.stats.prompt_tokens) for _ in range(3)]
+    assert steps == [({"z": 1, "a": 6}, 7), ({"z": 1}, 0), ({"z": 1, "a": 3}, 2)]  # of 7 tokens 4 are cached
+
+
 def test_one_request_alone_may_use_the_whole_pool():
     rig = Rig(blocks=3, num_lookahead_slots=8)
     rig.add("a", 4)
@@ -355,6 +363,15 @@ def test_who_does_not_read_the_prefix_cache_is_not_counted(caching, params):
     planned, outputs = rig.step()
     assert (planned["b"], outputs["b"].num_cached_tokens) == (9, 0)
     assert (rig.scheduler.stats.prefix_queries, rig.scheduler.stats.prefix_hits) == (0, 0)
+
+
+def test_the_chunks_of_a_prompt_are_shared_before_all_of_it_is_computed():
+    rig = Rig(long_prefill_token_threshold=4)
+    rig.add("a", [1] * 9)
+    rig.step()
+    rig.add("b", [1] * 9)
+    assert rig.step()[1] == {}
+    assert rig.scheduler.stats.prefix_hits == 4
 
 
 def test_a_prefix_whose_step_is_still_in_flight_is_not_shared():
