@@ -225,3 +225,8 @@ class Unquantized(LinearMethod):
 
     def dequant(self, weights: Weights) -> Tensor:
         return weights["weight"].float()
+
+    def after_load(self, weights: Weights, shape: LayerShape) -> Weights:
+        """On CPU the matrix is kept transposed in memory: BLAS reads it 1.2 (64 rows) to 2 times (1 row) as fast."""
+        weight = weights["weight"]
+        return {"weight": weight.t().contiguous().t()} if weight.device.type == "cpu" else weights
