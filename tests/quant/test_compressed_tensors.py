@@ -163,7 +163,7 @@ def spread(stored: Tensors, rows_per: int, columns_per: int) -> torch.Tensor:
     ({"strategy": "group", "group_size": 128}, lambda n: (n, 2), (1, 128)),
     ({"strategy": "block", "block_structure": [128, 128]}, lambda n: (-(-n // 128), 2), (128, 128)),
     ({"strategy": "block", "block_structure": "128x128"}, lambda n: (-(-n // 128), 2), (128, 128)),
-], ids=str)
+])
 def test_eight_bit_strategies(form, weights, shape, spans):
     sizes = [150, 33]
     parts = [eight_bit(form, n, 200, *shape(n)) for n in sizes]
