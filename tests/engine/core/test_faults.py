@@ -187,7 +187,7 @@ def test_what_fails_after_loading_leaves_no_process(llama, tmp_path):
 
 
 @pytest.mark.parametrize("wrong", [dict(ignore_eos=1), dict(bad_words="foo"), dict(extra_args={"x": object()}),
-                                   dict(skip_special_tokens="no")], ids=str)
+                                   dict(skip_special_tokens="no")], ids=lambda wrong: next(iter(wrong)))
 def test_a_badly_typed_request_is_refused_alone(llama, wrong):
     llm = LLM.from_engine_args(args(llama))
     with pytest.raises(RequestError):
