@@ -16,7 +16,7 @@ from ..plugins.manager import PluginHost
 from ..quant import Linear
 from . import hf_config
 from .config import EngineConfig
-from .loader import quantization, stored_modules
+from .loader import check_quantized, quantization, stored_modules
 from .loader.ledger import TORCH_DTYPES, Ledger
 from .loader.scan import Checkpoint, scan
 
@@ -63,6 +63,8 @@ def inspect_checkpoint(config: EngineConfig, host: PluginHost) -> Inspection:
                 stored=stored_modules(checkpoint) if quant else None)
     model_class = host.resolve("model", config.model.architecture)
     model: CausalLM = model_class(Fields(config.model.hf_config, config.model.architecture), make)
+    if quant is not None:
+        check_quantized(model, config)
     ignored = {**model.ignored_tensors, **(quant.ignored_tensors if quant else {})}
     problems: tuple[str, ...] = ()
     try:

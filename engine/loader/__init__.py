@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from ...models import CausalLM, Fields, Make
+from ...plugins.errors import CheckpointError
 from ...plugins.manager import PluginHost
-from ...quant import Found, QuantizationConfig, Stored, get_quantization_config
+from ...quant import Found, Linear, QuantizationConfig, Stored, Unquantized, get_quantization_config
 from ..config import EngineConfig
 from .base import LoadReport, WeightLoader
 from .ledger import TORCH_DTYPES
@@ -40,11 +41,22 @@ def get_model(config: EngineConfig, host: PluginHost, device: torch.device) -> L
     model_class = host.resolve("model", config.model.architecture)
     model = model_class(Fields(config.model.hf_config, config.model.architecture), make)
     if quant is not None:
+        check_quantized(model, config)
         model.ignored_tensors = {**model.ignored_tensors, **quant.ignored_tensors}
     loader: WeightLoader = host.resolve("loader", loader_name)()
     report = loader.load(model, folder, seed=config.model.seed, progress=config.load.use_tqdm)
     model.after_load()
     return LoadedModel(model=model.eval(), report=report)
+
+
+def check_quantized(model: CausalLM, config: EngineConfig) -> None:
+    """Raise CheckpointError when a method was named and no layer is stored by it: it would run unquantized, unsaid."""
+    if all(isinstance(m.method, Unquantized) for m in model.modules() if isinstance(m, Linear)):
+        raise CheckpointError(
+            f"quantization {config.model.quantization} was asked for, but no layer is stored that way",
+            found="floating point weights in every layer",
+            fix="leave --quantization out; quantizing while loading is not implemented",
+        )
 
 
 def quantization(config: EngineConfig, host: PluginHost) -> QuantizationConfig | None:

@@ -52,3 +52,9 @@ def test_what_loading_would_refuse_and_odd_scales(qwen2, capsys):
     assert json.loads(capsys.readouterr().out)["architecture"] == "Qwen2ForCausalLM"
     assert main(["inspect", str(qwen2)]) == 3
     assert "would be refused:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [["inspect"], ["generate", "-p", "x"]], ids=lambda c: c[0])
+def test_a_method_that_no_layer_is_stored_by_is_refused(qwen2, command, capsys):
+    assert main([command[0], str(qwen2), *command[1:], "--quantization", "fp8"]) == 3
+    assert "no layer is stored that way" in capsys.readouterr().err
