@@ -21,6 +21,7 @@ BENCHMARKS = {
     "throughput": Benchmark("tokens per second of many requests at once", "throughput"),
     "serve": Benchmark("a running server under load: TTFT, TPOT, ITL, throughput", "serve"),
     "transformers": Benchmark("the same requests through transformers' generate and nybble", "transformers_peer"),
+    "kernels": Benchmark("linear kernels against their floors", "kernels"),
     "step": Benchmark("host time of scheduling and input preparation", "step"),
     "startup": Benchmark("process start to ready", "startup"),
     "compare": Benchmark("two result files; exit code 1 on a regression", "compare"),

@@ -81,9 +81,15 @@ class EngineArgs:
         high=2**64 - 1,
     )
     load_format: str = setting("auto", "auto, safetensors, dummy, or a loader plugin's name", group="load")
+    load_report: str | None = setting(
+        None, "print every linear layer, its kernel and why no other runs it", group="load", choices=("table", "json")
+    )
     use_tqdm_on_load: bool = setting(True, "progress bar while loading", group="load")
     device: str = setting("auto", "cpu, cuda or cuda:N; auto takes CUDA when there is one", group="device")
     attention_backend: str | None = setting(None, "pin an attention backend", group="device")
+    linear_backend: str | None = setting(
+        None, "pin the kernel of every quantized linear layer; reference is the method's own arithmetic", group="device"
+    )
     cpu_threads: int | None = setting(None, "torch threads on CPU (default: torch's)", group="device", low=1)
     block_size: int = setting(
         16, "tokens in one KV-cache block, a power of two", group="cache", low=1, high=256

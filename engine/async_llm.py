@@ -33,6 +33,7 @@ from .core.messages import (
     ToCore,
 )
 from .demo import resolve_demo
+from .layer_report import LayerReport
 from .llm_engine import load_tokenizer, raise_refusal, servable_config
 from .metrics import StepStats
 from .plan import KVCacheLayout
@@ -83,6 +84,7 @@ class AsyncLLM:
         self.config, self.host = config, host
         self.tokenizer = load_tokenizer(config)
         self.layout: KVCacheLayout | None = None
+        self.layers: tuple[LayerReport, ...] = ()
         self.dead_error: EngineDeadError | None = None
         self._handle: EngineProcessHandle | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -121,7 +123,7 @@ class AsyncLLM:
         except BaseException:
             await self.shutdown(0.0)
             raise
-        self.layout = ready.layout
+        self.layout, self.layers = ready.layout, ready.layers
         self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._watch(self._handle))]
 
     async def _first_message(self, handle: EngineProcessHandle) -> FromCore:

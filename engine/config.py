@@ -98,14 +98,17 @@ class DeviceConfig:
 
     device: str = "cpu"
     attention_backend: str | None = None
+    linear_backend: str | None = None
     cpu_threads: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadConfig:
-    """Where weights come from: a loader plugin's name ("auto", "safetensors", "dummy")."""
+    """Where weights come from: a loader plugin's name ("auto", "safetensors", "dummy"); `report` "table" or "json"
+    prints what became of every linear layer."""
 
     load_format: str = "auto"
+    report: str | None = None
     use_tqdm: bool = True
 
 

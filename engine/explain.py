@@ -15,6 +15,7 @@ from .settings import decide_dtype
 # EngineArgs field -> its name in the config part that carries it; fields not here keep their name
 RENAMED = {
     "num_gpu_blocks_override": "num_gpu_blocks",
+    "load_report": "report",
     "use_tqdm_on_load": "use_tqdm",
     "distributed_executor_backend": "executor",
     "strict_plugins": "strict",

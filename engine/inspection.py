@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,10 @@ class Layer:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """The account of a checkpoint. `problems` are what loading would refuse; `findings` what deserves a look."""
+    """The account of a checkpoint. `problems` are what loading would refuse; `findings` what deserves a look.
+
+    `kv_scales` are the stored scales of an FP8 KV cache: loaded, and kept for a cache that this release has not.
+    """
 
     folder: str
     architecture: str
@@ -44,6 +48,7 @@ class Inspection:
     file_bytes: int
     layers: tuple[Layer, ...]
     bytes_by_role: dict[str, int]
+    kv_scales: tuple[str, ...]
     problems: tuple[str, ...]
     findings: tuple[str, ...]
 
@@ -66,17 +71,22 @@ def inspect_checkpoint(config: EngineConfig, host: PluginHost) -> Inspection:
     if quant is not None:
         check_quantized(model, config)
     ignored = {**model.ignored_tensors, **(quant.ignored_tensors if quant else {})}
-    problems: tuple[str, ...] = ()
+    ledger, problems = Ledger(model.slots(), ignored), []
     try:
-        Ledger(model.slots(), ignored).match(checkpoint)
+        ledger.match(checkpoint)
     except CheckpointError as error:
-        problems = tuple(line.strip(" -") for line in str(error).splitlines() if line.startswith("  - "))
+        problems = [line.strip(" -") for line in str(error).splitlines() if line.startswith("  - ")]
+    findings = [f"{name}: nothing refers to this file" for name in checkpoint.unused]
+    for scale in odd_scales(checkpoint):
+        (problems if scale.wrong and scale.tensor in ledger.slots else findings).append(str(scale))
     evidence = hf_config.quantization_settings(config.model.hf_config, folder)
     return Inspection(
         folder=str(folder), architecture=config.model.architecture, quantization=config.model.quantization,
         evidence=evidence.origin if evidence else None, files=tuple(f.name for f in checkpoint.files),
         file_bytes=sum(f.size for f in checkpoint.files), layers=tuple(linear_layers(model)),
-        bytes_by_role=bytes_by_role(model), problems=problems, findings=tuple(scale_findings(checkpoint)),
+        bytes_by_role=bytes_by_role(model), problems=tuple(problems), findings=tuple(findings),
+        kv_scales=tuple(slot.name for layer in model.attention_layers() for slot in layer.slots()
+                        if slot.name in checkpoint.tensors),
     )
 
 
@@ -117,9 +127,21 @@ def own_tensors(module: nn.Module) -> list[torch.Tensor]:
     return [weight] if isinstance(weight, torch.Tensor) else []
 
 
-def scale_findings(checkpoint: Checkpoint) -> list[str]:
-    """Scales that cannot be meant: zero, NaN, infinite, or denormal in the dtype they are stored in."""
-    findings = []
+@dataclass(frozen=True, kw_only=True)
+class OddScale:
+    """A tensor of scales some of which deserve a look; `wrong` when they cannot be meant at all."""
+
+    file: str
+    tensor: str
+    wrong: bool
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.tensor}: {self.what}"
+
+
+def odd_scales(checkpoint: Checkpoint) -> Iterator[OddScale]:
+    """Scales that are zero, NaN or infinite, or denormal in the dtype they are stored in."""
     paths = {file.name: file.path for file in checkpoint.files}
     for name, info in checkpoint.tensors.items():
         dtype = TORCH_DTYPES.get(info.dtype)
@@ -132,7 +154,8 @@ def scale_findings(checkpoint: Checkpoint) -> list[str]:
             "zero": values == 0, "NaN": values.isnan(), "infinite": values.isinf(),
             "denormal": (values != 0) & (values.abs() < torch.finfo(dtype).tiny),
         }
-        counts = ", ".join(f"{int(mask.sum())} {what}" for what, mask in odd.items() if mask.any())
+        counts = {what: int(mask.sum()) for what, mask in odd.items() if mask.any()}
         if counts:
-            findings.append(f"{info.file}: {name}: {counts} of {values.numel()} scales")
-    return findings
+            what = ", ".join(f"{count} {what}" for what, count in counts.items())
+            yield OddScale(file=info.file, tensor=name, wrong=counts.keys() != {"denormal"},
+                           what=f"{what} of {values.numel()} scales")

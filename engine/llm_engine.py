@@ -12,6 +12,7 @@ from .args import EngineArgs
 from .config import EngineConfig
 from .core.client import EngineCoreClient, InprocClient, ProcClient
 from .demo import resolve_demo
+from .layer_report import LayerReport, render
 from .metrics import StepStats
 from .plan import KVCacheLayout
 from .request import RequestOutput, SamplingParams
@@ -57,12 +58,19 @@ class LLMEngine:
             self.client.shutdown()
             raise
         self.output_processor = OutputProcessor(self.tokenizer)
+        if config.load.report is not None:
+            print(render(self.layers, config.load.report), flush=True)
 
     @classmethod
     def from_engine_args(cls, args: EngineArgs, *, engine_process: bool = False) -> LLMEngine:
         args = resolve_demo(args)
         host = PluginHost.load(prefer=args.prefer, strict=args.strict_plugins)
         return cls(args.create_engine_config(host), host=host, engine_process=engine_process)
+
+    @property
+    def layers(self) -> tuple[LayerReport, ...]:
+        """What became of every linear layer at load."""
+        return self.client.layers
 
     def add_request(self, request_id: str, prompt: PromptType, params: SamplingParams, *, priority: int = 0,
                     cache_salt: str | None = None) -> None:

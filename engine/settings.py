@@ -158,12 +158,14 @@ def build_engine_config(args: EngineArgs, host: PluginHost | None = None) -> Eng
             device=device,
             attention_backend=args.attention_backend
             and _provided(host, "attention_backend", args.attention_backend),
+            linear_backend=args.linear_backend,
             cpu_threads=args.cpu_threads,
         ),
         load=LoadConfig(
             load_format=args.load_format
             if args.load_format == "auto"
             else _provided(host, "loader", args.load_format),
+            report=args.load_report,
             use_tqdm=args.use_tqdm_on_load,
         ),
         plugins=PluginConfig(

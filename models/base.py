@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from ..plugins.errors import CheckpointError
+from ..plugins.log import get_logger
 from ..quant import Linear, Slot
 
 if TYPE_CHECKING:
     from .attention import Attention
+
+log = get_logger(__name__)
 
 
 class AttentionRun(Protocol):
@@ -65,10 +70,18 @@ class CausalLM(nn.Module):
                 yield from module.slots()
 
     def after_load(self) -> None:
-        """Let each linear layer repack its weights; called once, when every slot is filled."""
+        """Let each layer check and repack what it was filled with; called once, when every slot is filled.
+
+        Raises CheckpointError that names the layer whose values cannot be meant.
+        """
         for module in self.modules():
             if isinstance(module, Linear):
-                module.after_load()
+                with _naming(module.prefix):
+                    module.after_load()
+        scaled = [layer for layer in self.attention_layers() if layer.after_load()]
+        if scaled:
+            log.info("%d layer(s) store scales of an FP8 KV cache: kept for one, this release's cache is not quantized",
+                     len(scaled))
 
     def attention_layers(self) -> list[Attention]:
         """The attention layers by index."""
@@ -76,3 +89,13 @@ class CausalLM(nn.Module):
 
         layers = [m for m in self.modules() if isinstance(m, Attention)]
         return sorted(layers, key=lambda layer: layer.index)
+
+
+@contextmanager
+def _naming(prefix: str) -> Iterator[None]:
+    """Put the place of a layer before the name that an error of its method gives it."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{prefix}.{error.asked}".removeprefix("."), found=error.found, known=error.known,
+                              fix=error.fix) from error

@@ -60,7 +60,7 @@ def llama_layer(index: int, c: LlamaConfig, make: Make) -> DecoderLayer:
         attn=SelfAttention(
             attn.fused([("q_proj", q), ("k_proj", kv), ("v_proj", kv)], c.hidden, bias=c.attention_bias),
             Attention(index, num_heads=c.heads, num_kv_heads=c.kv_heads, head_dim=c.head_dim,
-                      sliding_window=c.sliding_window),
+                      sliding_window=c.sliding_window, prefix=attn.prefix),
             attn.linear("o_proj", q, c.hidden, bias=c.attention_bias),
         ),
         post_norm=make.norm("post_attention_layernorm", c.hidden, c.eps),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
+from ..csrc.select import Kernels
 from ..quant import (
     Found,
     LayerShape,
@@ -26,13 +27,14 @@ from .rope import RopeConfig, Rotary
 class Make:
     """A layer factory at one place (`prefix`) of the checkpoint's name tree.
 
-    `max_len` bounds the rotary tables; `quant` None leaves every layer unquantized; `stored` is what the checkpoint
-    holds of each module, None when weights are made up.
+    `max_len` bounds the rotary tables; `kernels` are what may run a quantized layer; `quant` None leaves every layer
+    unquantized; `stored` is what the checkpoint holds of each module, None when weights are made up.
     """
 
     dtype: torch.dtype
     device: torch.device
     max_len: int
+    kernels: Kernels = field(default_factory=Kernels)
     quant: QuantizationConfig | None = None
     stored: Mapping[str, Found] | None = None
     prefix: str = ""
@@ -68,7 +70,8 @@ class Make:
 
     def _linear(self, parts: Sequence[Part], in_features: int, method: LinearMethod, bias: bool) -> Linear:
         shape = LayerShape(in_features=in_features, bias=bias, parts=tuple(parts))
-        return Linear(self.prefix, shape, method, dtype=self.dtype, device=self.device)
+        return Linear(self.prefix, shape, method, dtype=self.dtype, device=self.device,
+                      kernels=self.kernels)
 
     def norm(self, name: str, size: int, eps: float) -> RMSNorm:
         return RMSNorm(self._full(name), size, eps, dtype=self.dtype, device=self.device)

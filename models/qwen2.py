@@ -69,7 +69,7 @@ def qwen2_layer(index: int, c: Qwen2Config, make: Make) -> DecoderLayer:
         attn=SelfAttention(
             attn.fused([("q_proj", q), ("k_proj", kv), ("v_proj", kv)], c.hidden, bias=True),
             Attention(index, num_heads=c.heads, num_kv_heads=c.kv_heads, head_dim=c.head_dim,
-                      sliding_window=c.windows[index]),
+                      sliding_window=c.windows[index], prefix=attn.prefix),
             attn.linear("o_proj", q, c.hidden),
         ),
         post_norm=make.norm("post_attention_layernorm", c.hidden, c.eps),

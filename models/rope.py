@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,10 +69,24 @@ class RopeConfig:
                                   known=sorted(_KEYS[kind]))
         if missing := _REQUIRED[kind] - set(params):
             raise CheckpointError(f"rope type {kind!r} needs {', '.join(sorted(missing))}", found=given)
+        _check_numbers({"rope_theta": theta, **params})
         if kind in ("llama3", "yarn"):
             params.setdefault("original_max_position_embeddings", max_position)
         return cls(kind=kind, theta=float(theta) if theta is not None else 10000.0, params=params,
                    max_position_embeddings=max_position)
+
+
+def _check_numbers(params: dict[str, Any]) -> None:
+    """Raises CheckpointError for a parameter that is no positive number (mscale may be 0; truncate is a flag)."""
+    for name, value in params.items():
+        if name == "truncate":
+            fits = isinstance(value, bool)
+        else:
+            fits = type(value) in (int, float) and 0 <= value <= sys.float_info.max
+            fits = fits and (value > 0 or name.startswith("mscale"))
+        if value is not None and not fits:
+            raise CheckpointError(f"config.json: rope parameter {name} cannot be this", found=repr(value)[:80],
+                                  known=["true, false" if name == "truncate" else "a positive number"])
 
 
 def _plain(given: dict[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,19 @@ def nybble_quants() -> Table:
 
 
 @hookimpl
+def nybble_kernels() -> Table:
+    return {
+        "cpu_int4": "nybble.csrc.cpu_gemm:CpuInt4Kernel",
+        "cpu_int8": "nybble.csrc.cpu_gemm:CpuInt8Kernel",
+        "cpu_int8_int8": "nybble.csrc.cpu_gemm:CpuInt8Int8Kernel",
+        "tiles": "nybble.csrc.tiles:TileKernel",
+        "triton_w4a16": "nybble.csrc.w4a16_gemm:TritonW4A16Kernel",
+        "triton_w8a16": "nybble.csrc.scaled_gemm:TritonWeightOnlyKernel",
+        "triton_w8a8": "nybble.csrc.scaled_gemm:TritonScaledKernel",
+    }
+
+
+@hookimpl
 def nybble_attention_backends() -> Table:
     return {"torch": "nybble.engine.attention.torch_paged:TorchPagedBackend"}
 

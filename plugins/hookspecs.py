@@ -56,7 +56,7 @@ def nybble_quants() -> Table:  # type: ignore[empty-body]
 
 @hookspec
 def nybble_kernels() -> Table:  # type: ignore[empty-body]
-    """Kernels that `csrc/select.py` may choose."""
+    """Classes derived from `csrc/select.py:LinearKernel`; it chooses among them, layer by layer."""
 
 
 @hookspec

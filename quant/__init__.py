@@ -1,7 +1,11 @@
 """Quantization methods and the linear layers they act on; one method is one file."""
 
+from ..csrc.matrix import QuantizedMatrix
+from ..csrc.scheme import Activation, Scheme
 from .base import (
     FLOAT_SOURCES,
+    REFERENCE,
+    CodedMethod,
     Found,
     LayerShape,
     LinearMethod,
@@ -14,19 +18,23 @@ from .base import (
     Weights,
     WeightSpec,
 )
+from .kv_scales import KVScales
 from .linear import Linear, SplitLinear
 from .registry import get_quantization_config
-from .scheme import Activation, Scheme
 
 __all__ = [
     "FLOAT_SOURCES",
+    "REFERENCE",
     "Activation",
+    "CodedMethod",
     "Found",
+    "KVScales",
     "LayerShape",
     "Linear",
     "LinearMethod",
     "Part",
     "QuantizationConfig",
+    "QuantizedMatrix",
     "Scheme",
     "Slot",
     "SplitLinear",

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..csrc.matrix import QuantizedMatrix
+from ..csrc.scheme import Scheme
 from ..plugins.errors import CheckpointError
-from .base import Found, LayerShape, LinearMethod, QuantizationConfig, TiledMethod, Weights, WeightSpec
+from .base import CodedMethod, Found, LayerShape, LinearMethod, QuantizationConfig, Weights, WeightSpec
 from .evidence import check_scale, contradiction
 from .rules import Rule, first_match, substring_rules
-from .scheme import Scheme
 from .words import check_groups, check_stored, group_size, is_packed, one_of, setting, unpack
 
 BITS = 4
@@ -22,7 +23,7 @@ NIBBLE = (0, 4, 1, 5, 2, 6, 3, 7)  # where output 8c + j lies in word c
 
 
 @dataclass(frozen=True, kw_only=True)
-class AWQMethod(TiledMethod):
+class AWQMethod(CodedMethod):
     """W[n, k] = (q[k, n] - z[g, n]) * scales[g, n], g = k // group.
 
     Codes q are `qweight` [K, N / 8] and zeros z are `qzeros` [G, N / 8], both int32 with outputs in the order
@@ -53,14 +54,14 @@ class AWQMethod(TiledMethod):
         check_scale(weights["scales"], "scales", shape)
         return weights
 
-    def rows(self, weights: Weights) -> int:
-        return weights["scales"].shape[1]
-
-    def dequant_rows(self, weights: Weights, start: int, stop: int) -> Tensor:
-        codes, zeros = (_outputs(weights[name], start, stop) for name in ("qweight", "qzeros"))
-        scales = weights["scales"][:, start:stop].T.float()
-        groups = codes.unflatten(1, (scales.shape[1], -1))
-        return ((groups - zeros[..., None]).float() * scales[..., None]).flatten(1)
+    def matrix(self, weights: Weights) -> QuantizedMatrix:
+        qweight, scales = weights["qweight"], weights["scales"]
+        inputs, outputs = qweight.shape[0], scales.shape[1]
+        return QuantizedMatrix(
+            scheme=self.scheme, rows=outputs, columns=inputs,
+            codes=lambda start, stop: _outputs(qweight, start, stop).to(torch.uint8),
+            scales=scales.T, zeros=_outputs(weights["qzeros"], 0, outputs).to(torch.uint8),
+        )
 
 
 def _outputs(words: Tensor, start: int, stop: int) -> Tensor:

@@ -10,9 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .scheme import Scheme
+from ..csrc.matrix import QuantizedMatrix
+from ..csrc.quantize import fake_quantize
+from ..csrc.scheme import Scheme
 
-Weights = dict[str, Tensor]
+Weights = Mapping[str, Tensor]
+
+REFERENCE = "reference"
 
 # Rows dequantized at a time: a tile of a 4096-wide matrix in float32 is 4 MiB and stays in a processor's cache.
 TILE_ROWS = 256
@@ -145,8 +149,21 @@ class LinearMethod(ABC):
 
     @property
     def scheme(self) -> Scheme | None:
-        """What kernels match on; None for plain weights."""
+        """What kernels match on; None for plain weights and for codes that no kernel knows."""
         return None
+
+    def matrix(self, weights: Weights) -> QuantizedMatrix | None:
+        """The loaded weights as kernels read them; None leaves the layer to `apply`."""
+        return None
+
+    def runs_by(self, weights: Weights) -> str:
+        """What the load report calls `apply`."""
+        return REFERENCE
+
+    @property
+    def plain(self) -> bool:
+        """Whether the weights are not quantized at all, so that no kernel need be asked."""
+        return False
 
     @property
     def fusable(self) -> bool:
@@ -181,6 +198,24 @@ class TiledMethod(LinearMethod):
             tile = self.dequant_rows(weights, start, stop).to(x.dtype)
             out[..., start:stop] = torch.nn.functional.linear(x, tile)
         return out if bias is None else out + bias
+
+
+class CodedMethod(TiledMethod):
+    """A method whose weights are codes with scales: it says where they lie, and kernels do the rest."""
+
+    @abstractmethod
+    def matrix(self, weights: Weights) -> QuantizedMatrix: ...
+
+    def dequant_rows(self, weights: Weights, start: int, stop: int) -> Tensor:
+        return self.matrix(weights).dequant(start, stop)
+
+    def rows(self, weights: Weights) -> int:
+        return self.matrix(weights).rows
+
+    def quantize_input(self, weights: Weights, x: Tensor) -> Tensor:
+        matrix = self.matrix(weights)
+        activation = matrix.scheme.activation
+        return x if activation is None else fake_quantize(x, activation, matrix.input_scale)
 
 
 class QuantizationConfig(ABC):
@@ -233,6 +268,13 @@ class Unquantized(LinearMethod):
         if weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
             return {"packed": torch.ops.mkldnn._reorder_linear_weight(weight, PACK_ROWS)}
         return weights
+
+    @property
+    def plain(self) -> bool:
+        return True
+
+    def runs_by(self, weights: Weights) -> str:
+        return "onednn" if "packed" in weights else "torch"
 
     def apply(self, weights: Weights, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if (packed := weights.get("packed")) is not None:

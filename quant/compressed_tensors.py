@@ -6,15 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-import torch
-
+from ..csrc.scheme import Activation
 from ..plugins.errors import CheckpointError
 from .base import Found, LayerShape, LinearMethod, QuantizationConfig
-from .evidence import contradiction, kv_cache_scales, name_list, refuse_unknown, unsupported
+from .evidence import check_plain, contradiction, is_plain, name_list, refuse_unknown, unsupported
 from .pack_quantized import PackedMethod, read_packed
 from .rules import Rule, first_match, target_rules
 from .scaled import Code, ScalePer, assume_scaled, code_dtype, read_scaled
-from .scheme import Activation
 
 Strategy = Literal["tensor", "channel", "group", "block"]
 
@@ -100,7 +98,8 @@ class CompressedTensorsConfig(QuantizationConfig):
         if found is None:
             return None if group is None or first_match(self.ignored, layer_name) else group.assume()
         weight = found.get("weight")
-        if "weight_packed" not in found and (weight is None or _is_plain(weight.dtype)):
+        if "weight_packed" not in found and (weight is None or is_plain(weight.dtype)):
+            check_plain(layer_name, "compressed-tensors, so weight_packed or weight", found)
             return None
         if group is None:
             raise contradiction(layer_name, "no target of config_groups names it", found)
@@ -113,14 +112,6 @@ class CompressedTensorsConfig(QuantizationConfig):
                 if first_match((rule for rule in group.targets if rule.kind == kind), layer):
                     return group
         return None
-
-    @property
-    def ignored_tensors(self) -> Mapping[str, str]:
-        return kv_cache_scales()
-
-
-def _is_plain(dtype: torch.dtype | None) -> bool:
-    return dtype is not None and dtype.is_floating_point and dtype.itemsize > 1
 
 
 def _group(name: str, raw: Any, default_format: Any) -> Group:

@@ -11,16 +11,6 @@ from torch import Tensor
 from ..plugins.errors import CheckpointError, did_you_mean
 from .base import Found, LayerShape
 
-KV_CACHE_REASON = "the KV cache is not quantized in this release"
-
-
-def kv_cache_scales() -> dict[str, str]:
-    """Patterns of every name that tools have given to the scales of an FP8 KV cache -> why they go unread."""
-    return {
-        r"(.*\.)?self_attn\.(k|v|kv)_scale": KV_CACHE_REASON,
-        r"(.*\.)?[kv]_proj\.(k|v|output)_scale": KV_CACHE_REASON,
-    }
-
 
 def describe(found: Found) -> str:
     """What is stored of a module on one line: "weight float8_e4m3fn [256, 512], weight_scale float32 []"."""
@@ -35,6 +25,17 @@ def contradiction(layer: str, config: str, found: Found, fix: str | None = None)
     """The error for a layer that is stored otherwise than its config says, with both readings."""
     return CheckpointError(f"{layer}: the quantization config and the stored tensors contradict each other",
                            found=f"config: {config}; stored: {describe(found)}", fix=fix)
+
+
+def is_plain(dtype: torch.dtype | None) -> bool:
+    """Whether values of this type are themselves, not codes that scales give their meaning."""
+    return dtype is not None and dtype.is_floating_point and dtype.itemsize > 1
+
+
+def check_plain(layer: str, config: str, found: Found) -> None:
+    """Refuse a matrix that holds none of its format's codes when it holds another's. Raises CheckpointError."""
+    if {"qweight", "weight_packed"} & found.keys() or ("weight" in found and not is_plain(found["weight"].dtype)):
+        raise contradiction(layer, config, found, "these are another format's: correct quant_method in its config")
 
 
 def unsupported(what: str, value: object, known: Iterable[object]) -> CheckpointError:

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from ..csrc.scheme import Activation
 from ..plugins.errors import CheckpointError
 from .base import FLOAT_SOURCES, Found, LayerShape, LinearMethod, QuantizationConfig
-from .evidence import contradiction, kv_cache_scales, name_list, refuse_unknown, unsupported
+from .evidence import check_plain, contradiction, name_list, refuse_unknown, unsupported
 from .rules import Rule, exact_rules, first_match
 from .scaled import ScaledMethod, assume_scaled, read_scaled
-from .scheme import Activation
 
 KNOWN = frozenset(
     """quant_method activation_scheme ignored_layers modules_to_not_convert weight_block_size fmt scale_fmt
@@ -52,6 +52,7 @@ class Fp8Config(QuantizationConfig):
         if found is None:
             return None if first_match(self.ignored, layer_name) else self._assumed()
         if "weight" not in found or found["weight"].dtype in FLOAT_SOURCES:
+            check_plain(layer_name, "an FP8 or a plain weight", found)
             return None
         if found["weight"].dtype != torch.float8_e4m3fn:
             raise contradiction(layer_name, "FP8 weights, of which float8_e4m3fn is implemented", found,
@@ -69,7 +70,7 @@ class Fp8Config(QuantizationConfig):
     @property
     def ignored_tensors(self) -> Mapping[str, str]:
         """transformers writes block scales also beside matrices that it left in 16 bits."""
-        return {**kv_cache_scales(), r"(.*\.)?weight_scale_inv": "its weight is stored in floating point"}
+        return {r"(.*\.)?weight_scale_inv": "its weight is stored in floating point"}
 
 
 def _block(size: Any) -> tuple[int, int] | None:

@@ -9,20 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..csrc.matrix import QuantizedMatrix
+from ..csrc.scheme import Scheme
 from ..plugins.errors import CheckpointError
 from .base import (
     FLOAT_SOURCES,
+    CodedMethod,
     Found,
     LayerShape,
     LinearMethod,
     QuantizationConfig,
-    TiledMethod,
     Weights,
     WeightSpec,
 )
 from .evidence import check_scale, contradiction
 from .rules import Override, dynamic_overrides, first_override
-from .scheme import Scheme
 from .words import block, check_groups, check_stored, group_size, is_packed, one_of, setting, unpack, unpack_range
 
 BITS = (2, 3, 4, 8)
@@ -30,7 +31,7 @@ FORMATS = ("gptq", "gptq_v2")
 
 
 @dataclass(frozen=True, kw_only=True)
-class GPTQMethod(TiledMethod):
+class GPTQMethod(CodedMethod):
     """W[n, k] = (q[k, n] - z[g, n]) * scales[g, n], g = g_idx[k], or k // group without g_idx.
 
     Codes q are `qweight` [K * bits / 32, N] int32, packed along K; zeros z are `qzeros` [G, N * bits / 32] int32,
@@ -116,19 +117,18 @@ class GPTQMethod(TiledMethod):
                                   found="a g_idx that is not k // group_size",
                                   fix="set desc_act to true in quantization_config")
 
-    def rows(self, weights: Weights) -> int:
-        return weights["scales"].shape[1]
-
-    def dequant_rows(self, weights: Weights, start: int, stop: int) -> Tensor:
-        codes = unpack(weights["qweight"][:, start:stop], self.bits)
-        group = weights["g_idx"] if "g_idx" in weights else self._in_order(codes.T)
-        scales = weights["scales"][:, start:stop].float()
-        if self.sym:
-            return ((codes - (1 << (self.bits - 1))).float() * scales[group]).T
-        zeros = unpack_range(weights["qzeros"].T, self.bits, start, stop).T
-        if not self.v2:
-            zeros = (zeros + 1) & ((1 << self.bits) - 1)
-        return ((codes - zeros[group]).float() * scales[group]).T
+    def matrix(self, weights: Weights) -> QuantizedMatrix:
+        qweight, scales = weights["qweight"], weights["scales"]
+        outputs = scales.shape[1]
+        zeros = None
+        if not self.sym:
+            zeros = unpack_range(weights["qzeros"].T, self.bits, 0, outputs)
+            zeros = (zeros if self.v2 else (zeros + 1) & ((1 << self.bits) - 1)).to(torch.uint8)
+        return QuantizedMatrix(
+            scheme=self.scheme, rows=outputs, columns=qweight.shape[0] * 32 // self.bits,
+            codes=lambda start, stop: unpack(qweight[:, start:stop], self.bits).T.to(torch.uint8),
+            scales=scales.T, zeros=zeros, groups=weights.get("g_idx"),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

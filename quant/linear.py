@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from .base import FLOAT_SOURCES, LayerShape, LinearMethod, Slot, WeightSpec, part_slots
+from ..csrc.select import Kernels, LinearKernel, Problem
+from ..plugins.errors import NybbleError, PluginError, UsageError
+from .base import FLOAT_SOURCES, REFERENCE, LayerShape, LinearMethod, Slot, WeightSpec, part_slots
 
 
 class Linear(nn.Module):
@@ -18,19 +20,27 @@ class Linear(nn.Module):
         shape: input size and the fused parts in order.
         method: how the matrix is stored and applied.
         dtype: of activations, bias and unquantized weights.
+        kernels: what may run it, asked once every tensor is in place.
 
     Weights are allocated uninitialised; a loader fills every slot or refuses.
     """
 
     def __init__(self, prefix: str, shape: LayerShape, method: LinearMethod, *, dtype: torch.dtype,
-                 device: torch.device) -> None:
+                 device: torch.device, kernels: Kernels = Kernels()) -> None:  # noqa: B008  frozen
         super().__init__()
-        self.prefix, self.shape, self.method = prefix, shape, method
+        self.prefix, self.shape, self.method, self.dtype, self.kernels = prefix, shape, method, dtype, kernels
         self.specs = method.specs(shape, dtype)
-        self.weights = {
+        self.weights: Mapping[str, Tensor] = {
             name: torch.empty(spec.shape, dtype=spec.dtype, device=device) for name, spec in self.specs.items()
         }
         self.bias = torch.empty(shape.out_features, dtype=dtype, device=device) if shape.bias else None
+        self.kernel: LinearKernel | None = None
+        self.refusals: Mapping[str, str] = {}
+
+    @property
+    def name(self) -> str:
+        parts = "+".join(part.name for part in self.shape.parts)
+        return f"{self.prefix}.{parts}" if self.prefix else parts
 
     def slots(self) -> Iterator[Slot]:
         yield from part_slots(self.prefix, self.shape, self.specs, self.weights)
@@ -39,9 +49,54 @@ class Linear(nn.Module):
             yield from part_slots(self.prefix, self.shape, {"bias": spec}, {"bias": self.bias})
 
     def after_load(self) -> None:
-        self.weights = self.method.after_load(self.weights, self.shape)
+        """Check the values, choose a kernel and let it pack them; only what runs stays in memory."""
+        self.weights = self.method.after_load(dict(self.weights), self.shape)
+        if self.method.plain:
+            return
+        matrix = self.method.matrix(self.weights)
+        if matrix is None:
+            reason = f"{type(self.method).__name__} gives kernels no codes"
+            self.refusals = dict.fromkeys(self.kernels.known, reason)
+            chosen = None
+        else:
+            choice = self.kernels.choose(Problem.of(matrix, self.dtype))
+            chosen, self.refusals = choice.chosen, choice.refusals
+        if chosen is None and self.kernels.pin not in (None, REFERENCE):
+            assert self.kernels.pin is not None
+            raise UsageError(f"{self.name}: the pinned kernel {self.kernels.pin} cannot run this layer",
+                             found=f"{self.scheme}: {self.refusals[self.kernels.pin]}",
+                             fix="leave --linear-backend out, or pin another")
+        if chosen is not None and matrix is not None:
+            try:
+                self.kernel = chosen(matrix, self.dtype)
+            except NybbleError:
+                raise
+            except Exception as exc:
+                raise PluginError(f"{self.name}: kernel {chosen.name} said it could run this layer, then failed",
+                                  found=f"{type(exc).__name__}: {exc}",
+                                  fix=f"pin another: --linear-backend {REFERENCE}") from exc
+            self.weights = self.kernel.weights
+
+    @property
+    def scheme(self) -> str:
+        """How the matrix is stored, in words: the scheme, the dtype of plain weights, else the method's name."""
+        if self.method.plain:
+            return str(self.dtype).removeprefix("torch.")
+        return str(self.method.scheme or type(self.method).__name__.removesuffix("Method").lower())
+
+    @property
+    def runs_by(self) -> str:
+        """The name of what multiplies: a kernel's, or that of the method's own arithmetic."""
+        return self.kernel.name if self.kernel is not None else self.method.runs_by(self.weights)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every tensor the layer keeps."""
+        return sum(t.nbytes for t in (*self.weights.values(), *([] if self.bias is None else [self.bias])))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.kernel is not None:
+            return self.kernel(x, self.bias)
         return self.method.apply(self.weights, x, self.bias)
 
     def extra_repr(self) -> str:

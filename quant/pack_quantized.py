@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..csrc.matrix import QuantizedMatrix
+from ..csrc.scheme import Scheme
 from ..plugins.errors import CheckpointError
-from .base import FLOAT_SOURCES, Found, LayerShape, TiledMethod, Weights, WeightSpec
+from .base import FLOAT_SOURCES, CodedMethod, Found, LayerShape, Weights, WeightSpec
 from .evidence import check_scale, contradiction
-from .scheme import Scheme
 
 
 def unpack(words: Tensor, bits: int, count: int) -> Tensor:
@@ -21,7 +22,7 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackedMethod(TiledMethod):
+class PackedMethod(CodedMethod):
     """W[n, k] = (q[n, k] - z[n, g]) * scale[n, g]; codes and zeros are stored with 2^(bits - 1) added.
 
     In memory after loading: `weight_packed` int32 [N, ceil(K / pack)], as stored; `weight_scale` float32 [N, G];
@@ -96,17 +97,14 @@ class PackedMethod(TiledMethod):
         pieces = zip(words.split(counts), shape.parts)
         return torch.cat([unpack(piece.T, self.bits, part.size).T for piece, part in pieces]).contiguous()
 
-    def dequant_rows(self, weights: Weights, start: int, stop: int) -> Tensor:
-        index = weights["weight_g_idx"]
-        codes = unpack(weights["weight_packed"][start:stop], self.bits, len(index)).float()
-        if self.zero_point:
-            codes -= weights["weight_zero_point"][start:stop].float()[:, index]
-        else:
-            codes -= 1 << (self.bits - 1)
-        return codes * weights["weight_scale"][start:stop][:, index]
-
-    def rows(self, weights: Weights) -> int:
-        return weights["weight_packed"].shape[0]
+    def matrix(self, weights: Weights) -> QuantizedMatrix:
+        packed, index = weights["weight_packed"], weights["weight_g_idx"]
+        return QuantizedMatrix(
+            scheme=self.scheme, rows=packed.shape[0], columns=len(index),
+            codes=lambda start, stop: unpack(packed[start:stop], self.bits, len(index)),
+            scales=weights["weight_scale"], zeros=weights.get("weight_zero_point"),
+            groups=index if self.act_order else None,
+        )
 
     @property
     def scheme(self) -> Scheme:

@@ -8,10 +8,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .activations import fake_quantize
-from .base import FLOAT_SOURCES, Found, LayerShape, TiledMethod, Weights, WeightSpec
+from ..csrc.matrix import QuantizedMatrix
+from ..csrc.scheme import Activation, Scheme
+from .base import FLOAT_SOURCES, CodedMethod, Found, LayerShape, Weights, WeightSpec
 from .evidence import check_scale, contradiction
-from .scheme import Activation, Scheme
 
 Code = Literal["fp8_e4m3", "int8"]
 ScalePer = Literal["tensor", "channel", "block"]
@@ -37,7 +37,7 @@ class StoredScale(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScaledMethod(TiledMethod):
+class ScaledMethod(CodedMethod):
     """W[n, k] = weight[n, k] * scale, whatever the scale is called: `weight_scale_inv` is a multiplier too.
 
     In memory after loading: `weight` [N, K] in the code's dtype; `weight_scale` float32, [N, 1] for `per` tensor or
@@ -92,23 +92,18 @@ class ScaledMethod(TiledMethod):
             loaded["input_scale"] = _values(weights[self.input_scale.name], self.input_scale, shape).reshape(())
         return loaded
 
-    def dequant_rows(self, weights: Weights, start: int, stop: int) -> Tensor:
-        codes, scale = weights["weight"][start:stop].float(), weights["weight_scale"]
-        if self.block is None:
-            return codes * scale[start:stop]
-        rows = scale[weights["scale_rows"][start:stop]]
-        return codes * rows.repeat_interleave(self.block[1], dim=1)[:, : codes.shape[1]]
-
-    def rows(self, weights: Weights) -> int:
-        return weights["weight"].shape[0]
-
-    def quantize_input(self, weights: Weights, x: Tensor) -> Tensor:
-        return x if self.activation is None else fake_quantize(x, self.activation, weights.get("input_scale"))
+    def matrix(self, weights: Weights) -> QuantizedMatrix:
+        weight = weights["weight"]
+        return QuantizedMatrix(
+            scheme=self.scheme, rows=weight.shape[0], columns=weight.shape[1],
+            codes=lambda start, stop: weight[start:stop], scales=weights["weight_scale"],
+            scale_rows=weights.get("scale_rows"), input_scale=weights.get("input_scale"),
+        )
 
     @property
     def scheme(self) -> Scheme:
-        group = None if self.block is None else self.block[1]
-        return Scheme(code=self.code, bits=8, group=group, activation=self.activation)
+        rows, group = self.block or (1, None)
+        return Scheme(code=self.code, bits=8, group=group, group_rows=rows, activation=self.activation)
 
     @property
     def fusable(self) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..plugins.errors import CheckpointError
 from .base import FLOAT_SOURCES, Found
-from .evidence import contradiction, describe, unsupported
+from .evidence import check_plain, contradiction, describe, unsupported
 
 REQUIRED = object()
 
@@ -97,6 +97,7 @@ def is_packed(name: str, found: Found | None, *, expected: bool, skip: str | Non
         return True
     if "weight" not in found and expected and skip is None:
         raise contradiction(name, "quantized, so a qweight (or a plain weight) is stored", found)
+    check_plain(name, "a qweight or a plain weight", found)
     return False
 
 

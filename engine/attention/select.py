@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
+from ...csrc.select import Choice, check_pin, choose
 from ...models import Attention
-from ...plugins.errors import UsageError, nearest
+from ...plugins.errors import UsageError
 from ...plugins.manager import PluginHost
 from .base import AttentionBackend, AttentionProblem
-
-
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """The chosen backend and why the others were not taken."""
-
-    backend: type[AttentionBackend]
-    refusals: dict[str, str]
 
 
 def attention_problems(layers: Sequence[Attention], *, dtype: torch.dtype, device: torch.device,
@@ -31,25 +23,14 @@ def attention_problems(layers: Sequence[Attention], *, dtype: torch.dtype, devic
     }
 
 
-def choose_attention_backend(problems: set[AttentionProblem], pin: str | None, host: PluginHost) -> Choice:
+def choose_attention_backend(problems: set[AttentionProblem], pin: str | None,
+                             host: PluginHost) -> Choice[type[AttentionBackend]]:
     """One backend for all layers. Raises UsageError with every reason when none, or not the pinned one, can run."""
     known = host.names("attention_backend")
-    if pin is not None and pin not in known:
-        guess = nearest(pin, known)
-        raise UsageError(f"no attention backend is named {pin!r}", known=known,
-                         fix=f"did you mean {guess}?" if guess else None)
+    check_pin(pin, known, "attention backend")
     candidates = {name: host.resolve("attention_backend", name) for name in ([pin] if pin else known)}
-    refusals: dict[str, str] = {}
-    able: list[type[AttentionBackend]] = []
-    for name, backend in candidates.items():
-        reason = next(filter(None, (backend.supports(problem) for problem in problems)), None)
-        if reason is None:
-            able.append(backend)
-        else:
-            refusals[name] = reason
-    if not able:
+    choice = choose(problems, candidates)
+    if choice.chosen is None:
         raise UsageError("no attention backend can run this model",
-                         found="; ".join(f"{name}: {reason}" for name, reason in refusals.items()), known=known)
-    best = max(able, key=lambda backend: backend.priority)
-    refusals.update({b.name: f"priority {b.priority} < {best.priority}" for b in able if b is not best})
-    return Choice(backend=best, refusals=refusals)
+                         found="; ".join(f"{name}: {reason}" for name, reason in choice.refusals.items()), known=known)
+    return choice

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,53 +33,57 @@ class TorchPagedBackend(AttentionBackend):
         ]
 
     def prepare(self, step: StepShape) -> AttentionRun:
-        spans, start = [], 0
-        blocks = (step.seq_lens + self.block_size - 1) // self.block_size
-        for i, (query, length, count) in enumerate(zip(step.query_lens.tolist(), step.seq_lens.tolist(),
-                                                       blocks.tolist())):
-            spans.append(Span(start=start, query=query, length=length, blocks=step.block_table[i, :count]))
-            start += query
-        return TorchPagedRun(self, spans, step.slots)
+        return TorchPagedRun(self, step)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Span:
-    """One request of a step: its rows in the batch and its blocks in the cache."""
+class Span(NamedTuple):
+    """One request as a layer sees it: its blocks in the cache (None: all its tokens are in the batch) and its mask."""
 
-    start: int
-    query: int
+    rows: slice
+    blocks: Tensor | None
     length: int
-    blocks: Tensor
+    mask: Tensor | None
+    causal: bool
 
 
 class TorchPagedRun(AttentionRun):
-    """One step over the backend's caches; masks are made once and shared by the layers that agree on a window."""
+    """One step over the backend's caches; spans and masks are made once for the layers that agree on a window."""
 
-    def __init__(self, backend: TorchPagedBackend, spans: list[Span], slots: Tensor) -> None:
-        self.backend, self.spans, self.slots = backend, spans, slots
+    def __init__(self, backend: TorchPagedBackend, step: StepShape) -> None:
+        self.backend, self.step = backend, step
+        self.query_lens: list[int] = step.query_lens.tolist()
+        self._spans: dict[int | None, list[Span]] = {}
         self._masks: dict[tuple[int, int, int | None], Tensor | None] = {}
 
     def run(self, layer: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        cache = self.backend.caches[layer.index]
-        write_kv(cache, k, v, self.slots)
-        out = torch.empty_like(q)
-        for span in self.spans:
-            rows = slice(span.start, span.start + span.query)
-            whole, length = span.query == span.length, span.length
-            if whole:
-                keys, values = k[rows], v[rows]
+        cache, out = self.backend.caches[layer.index], []
+        write_kv(cache, k, v, self.step.slots)
+        for query, span in zip(q.split(self.query_lens), self._spans_within(layer.sliding_window)):
+            if span.blocks is None:
+                keys, values = k[span.rows], v[span.rows]
             else:
-                skip = self._blocks_out_of_sight(span, layer.sliding_window)
-                length -= skip * self.backend.block_size
-                keys, values = gather_kv(cache, span.blocks[skip:], length)
-            mask = self._mask(span.query, length, layer.sliding_window)
-            out[rows] = attend(q[rows], keys, values, scale=layer.scale, mask=mask,
-                               causal=whole and mask is None and span.query > 1)
-        return out
+                keys, values = gather_kv(cache, span.blocks, span.length)
+            out.append(attend(query, keys, values, scale=layer.scale, mask=span.mask, causal=span.causal))
+        return torch.cat(out)
 
-    def _blocks_out_of_sight(self, span: Span, window: int | None) -> int:
-        """Leading blocks that no query of the span can see."""
-        return 0 if window is None else max(0, span.length - span.query - window + 1) // self.backend.block_size
+    def _spans_within(self, window: int | None) -> list[Span]:
+        if window not in self._spans:
+            lengths, ends = self.step.seq_lens.tolist(), self.step.query_lens.cumsum().tolist()
+            self._spans[window] = [
+                self._span(query, length, end, table, window)
+                for query, length, end, table in zip(self.query_lens, lengths, ends, self.step.block_table.unbind())
+            ]
+        return self._spans[window]
+
+    def _span(self, query: int, length: int, end: int, table: Tensor, window: int | None) -> Span:
+        rows, size, whole = slice(end - query, end), self.backend.block_size, query == length
+        blocks = None
+        if not whole:
+            unseen = 0 if window is None else max(0, length - query - window + 1) // size  # by any query
+            blocks = table[unseen : -(-length // size)]
+            length -= unseen * size
+        mask = self._mask(query, length, window)
+        return Span(rows, blocks, length, mask, whole and mask is None and query > 1)
 
     def _mask(self, query: int, length: int, window: int | None) -> Tensor | None:
         """None when plain causal order needs no mask: one query, or a whole prompt inside the window."""

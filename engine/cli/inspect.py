@@ -44,6 +44,7 @@ def as_text(found: Inspection) -> str:
         f"files         {len(found.files)}, {found.file_bytes / 1e6:.1f} MB",
         f"in memory     {total / 1e6:.1f} MB: "
         + ", ".join(f"{role} {size / 1e6:.1f}" for role, size in found.bytes_by_role.items()),
+        *_kv_scales(found.kv_scales),
         "",
         f"{'layers':<44} {'method':<22} {'stored as':<44} MB",
     ]
@@ -52,6 +53,13 @@ def as_text(found: Inspection) -> str:
         if entries:
             lines += ["", f"{title}:", *(f"  {entry}" for entry in entries)]
     return "\n".join(lines)
+
+
+def _kv_scales(names: tuple[str, ...]) -> list[str]:
+    if not names:
+        return []
+    kinds = dict.fromkeys(name.partition("self_attn.")[2] or name for name in names)
+    return [f"KV scales     {len(names)} ({', '.join(kinds)}): kept for an FP8 cache, which this release has not"]
 
 
 def _kind(layer: Layer) -> tuple[str, str, str]:

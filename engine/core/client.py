@@ -20,6 +20,7 @@ from ...plugins.env import child_environment
 from ...plugins.errors import EngineDeadError, NybbleError
 from ...plugins.manager import PluginHost
 from ..config import EngineConfig
+from ..layer_report import LayerReport
 from ..metrics import StepStats
 from ..plan import KVCacheLayout
 from ..request import EngineCoreOutput, EngineCoreRequest
@@ -48,6 +49,7 @@ class EngineCoreClient(ABC):
     """The synchronous interface that LLMEngine drives."""
 
     layout: KVCacheLayout
+    layers: tuple[LayerReport, ...]
     stats: StepStats
 
     @abstractmethod
@@ -76,7 +78,7 @@ class InprocClient(EngineCoreClient):
         from .engine_core import EngineCore  # the one import here that brings torch; a process client needs none
 
         self.core = EngineCore(config, host)
-        self.layout, self.stats = self.core.layout, StepStats()
+        self.layout, self.layers, self.stats = self.core.layout, self.core.layers, StepStats()
         self._dead: str | None = None
         self._held: list[EngineCoreOutput] = []
 
@@ -197,7 +199,7 @@ class ProcClient(EngineCoreClient):
             self._send(Start(config))
             ready = self._receive()
             assert isinstance(ready, Ready)
-            self.layout = ready.layout
+            self.layout, self.layers = ready.layout, ready.layers
         except BaseException:
             self.handle.process.kill()
             self.shutdown()

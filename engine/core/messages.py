@@ -7,6 +7,7 @@ import msgspec
 from ...plugins import errors
 from ...plugins.errors import NybbleError
 from ..config import EngineConfig
+from ..layer_report import LayerReport
 from ..metrics import StepStats
 from ..plan import KVCacheLayout
 from ..request import EngineCoreOutput, EngineCoreRequest
@@ -40,6 +41,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     """The model is loaded and warm."""
 
     layout: KVCacheLayout
+    layers: tuple[LayerReport, ...] = ()
 
 
 class Outputs(msgspec.Struct, frozen=True, tag="outputs"):

@@ -8,6 +8,7 @@ from ...plugins.errors import OutOfMemoryError
 from ...plugins.log import get_logger
 from ...plugins.manager import PluginHost
 from ..config import EngineConfig
+from ..layer_report import LayerReport
 from ..loader.base import LoadReport
 from ..plan import KVCacheGroup, KVCacheLayout, Plan, Result
 
@@ -23,6 +24,7 @@ class Executor(ABC):
 
     layout: KVCacheLayout
     load_report: LoadReport
+    layers: tuple[LayerReport, ...]
 
     @abstractmethod
     def execute_model(self, plan: Plan) -> Result:

@@ -16,7 +16,7 @@ class UniProcExecutor(Executor):
         self.worker = GPUWorker(config, host)
         self.worker.load_model()
         assert self.worker.loaded is not None
-        self.load_report = self.worker.loaded.report
+        self.load_report, self.layers = self.worker.loaded.report, self.worker.loaded.layers
         self.layout = plan_layout(config, self.worker.kv_cache_groups(), self.worker.available_kv_bytes())
         self.worker.initialize_cache(self.layout)
         self.worker.warm_up()

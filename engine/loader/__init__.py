@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from ...csrc.select import Kernels, LinearKernel, check_pin
 from ...models import CausalLM, Fields, Make
-from ...plugins.errors import CheckpointError
+from ...plugins.errors import CheckpointError, PluginError
 from ...plugins.manager import PluginHost
-from ...quant import Found, Linear, QuantizationConfig, Stored, Unquantized, get_quantization_config
+from ...quant import REFERENCE, Found, Linear, QuantizationConfig, Stored, Unquantized, get_quantization_config
 from ..config import EngineConfig
+from ..layer_report import LayerReport
 from .base import LoadReport, WeightLoader
 from .ledger import TORCH_DTYPES
 from .scan import Checkpoint, scan
@@ -21,10 +24,11 @@ SAFETENSORS = "safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """A model ready to run and the account of its tensors."""
+    """A model ready to run, the account of its tensors, and that of its linear layers."""
 
     model: CausalLM
     report: LoadReport
+    layers: tuple[LayerReport, ...]
 
 
 def get_model(config: EngineConfig, host: PluginHost, device: torch.device) -> LoadedModel:
@@ -37,7 +41,8 @@ def get_model(config: EngineConfig, host: PluginHost, device: torch.device) -> L
     loader_name = SAFETENSORS if config.load.load_format == "auto" else config.load.load_format
     quant = quantization(config, host)
     stored = stored_modules(scan(folder)) if quant and loader_name == SAFETENSORS else None
-    make = Make(dtype=dtype, device=device, max_len=config.model.max_model_len, quant=quant, stored=stored)
+    make = Make(dtype=dtype, device=device, max_len=config.model.max_model_len, quant=quant, stored=stored,
+                kernels=linear_kernels(host, config.device.linear_backend))
     model_class = host.resolve("model", config.model.architecture)
     model = model_class(Fields(config.model.hf_config, config.model.architecture), make)
     if quant is not None:
@@ -46,7 +51,35 @@ def get_model(config: EngineConfig, host: PluginHost, device: torch.device) -> L
     loader: WeightLoader = host.resolve("loader", loader_name)()
     report = loader.load(model, folder, seed=config.model.seed, progress=config.load.use_tqdm)
     model.after_load()
-    return LoadedModel(model=model.eval(), report=report)
+    return LoadedModel(model=model.eval(), report=report, layers=tuple(layer_reports(model)))
+
+
+def linear_kernels(host: PluginHost, pin: str | None) -> Kernels:
+    """Every kernel that plugins offer; one that cannot be imported is left out with its cause, unless it is pinned.
+
+    Raises UsageError for a pin that nobody offers, PluginError for a pinned kernel that is broken.
+    """
+    names = host.names("kernel")
+    check_pin(pin, {*names, REFERENCE}, "kernel")
+    known: dict[str, type[LinearKernel]] = {}
+    broken = {}
+    for name in names:
+        try:
+            known[name] = host.resolve("kernel", name)
+        except PluginError as error:
+            if name == pin:
+                raise
+            broken[name] = f"{error.asked}: {error.found}"
+    return Kernels(known=known, broken=broken, pin=pin)
+
+
+def layer_reports(model: CausalLM) -> Iterator[LayerReport]:
+    """The account of every linear layer, in module order."""
+    for layer in model.modules():
+        if isinstance(layer, Linear):
+            yield LayerReport(layer=layer.name, scheme=layer.scheme, kernel=layer.runs_by, bytes=layer.nbytes,
+                              shape=(layer.shape.out_features, layer.shape.in_features),
+                              refusals=dict(layer.refusals))
 
 
 def check_quantized(model: CausalLM, config: EngineConfig) -> None:

@@ -15,6 +15,7 @@ from .problems import Problem, name_files, refuse, template
 from .scan import Checkpoint
 
 MAX_CANDIDATES = 200
+CODES = re.compile(r".*\.(qweight|weight_packed|weight_scale(_inv)?)")
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, dtype.torch_name) for name, dtype in DTYPES.items() if dtype.torch_name
@@ -61,11 +62,13 @@ class Ledger:
         problems = [
             *_missing(missing, unknown, checkpoint),
             *_misfits((slot, stored[slot.name]) for slot in slots if slot.name in stored),
-            *(Problem(stored[name].file, name, "no such tensor", str(stored[name])) for name in unknown),
+            *(Problem(stored[name].file, name, self._none(name), str(stored[name])) for name in unknown),
         ]
         if problems:
-            raise refuse(f"the weights of {checkpoint.folder} do not fit the model", problems,
-                         fix="check that config.json and the weight files belong together")
+            fix = "check that config.json and the weight files belong together"
+            if any(CODES.fullmatch(name) for name in unknown):
+                fix += "; these are quantized: has config.json lost its quantization_config?"
+            raise refuse(f"the weights of {checkpoint.folder} do not fit the model", problems, fix=fix)
         return Uses(
             loaded=tuple(slot.name for slot in slots if slot.name in stored and not slot.alias),
             derived=tuple(slot.name for slot in slots if slot.alias),
@@ -73,6 +76,12 @@ class Ledger:
             ignored=tuple(extra),
             tied=tuple(slot.name for slot in slots if slot.name in stored and slot.alias),
         )
+
+    def _none(self, name: str) -> str:
+        """What is expected in place of a tensor that has no slot."""
+        module = name.rpartition(".")[0]
+        tied = any(slot.alias and slot.name.rpartition(".")[0] == module for slot in self.slots.values())
+        return f"no such tensor: {module} is tied to another weight (tie_word_embeddings)" if tied else "no such tensor"
 
 
 def _missing(missing: Sequence[Slot], unknown: Sequence[str], checkpoint: Checkpoint) -> Iterator[Problem]:
@@ -90,8 +99,10 @@ def _missing(missing: Sequence[Slot], unknown: Sequence[str], checkpoint: Checkp
 def _misfits(pairs: Iterable[tuple[Slot, TensorInfo]]) -> Iterator[Problem]:
     """Tensors of another shape or type than their slots."""
     for slot, info in pairs:
-        if info.shape != tuple(slot.target.shape) or TORCH_DTYPES.get(info.dtype) not in slot.sources:
-            yield Problem(info.file, slot.name, f"{_dtypes(slot)} {list(slot.target.shape)}", str(info))
+        shapes = [tuple(slot.target.shape)] if slot.target.ndim else [(), (1,)]  # one value is one value
+        if info.shape not in shapes or TORCH_DTYPES.get(info.dtype) not in slot.sources:
+            expected = f"{_dtypes(slot)} {' or '.join(str(list(shape)) for shape in shapes)}"
+            yield Problem(info.file, slot.name, expected, str(info))
 
 
 def _dtypes(slot: Slot) -> str:

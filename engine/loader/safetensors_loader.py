@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ...plugins.errors import CheckpointError
+from ...plugins.log import get_logger
 from ...quant.base import Slot
 from .base import LoadableModel, LoadReport, WeightLoader
 from .header import FileInfo, TensorInfo
@@ -30,6 +31,8 @@ from .scan import Checkpoint, scan
 # Small enough to stay in the processor's cache between read and copy: 9 GB/s where 64 MiB gives 4.
 BUFFER_BYTES = 4 << 20
 
+log = get_logger(__name__)
+
 
 class SafetensorsLoader(WeightLoader):
     """Weights from `*.safetensors`, one file or many."""
@@ -37,6 +40,8 @@ class SafetensorsLoader(WeightLoader):
     def load(self, model: LoadableModel, source: Path, *, seed: int, progress: bool) -> LoadReport:
         start = time.perf_counter()
         checkpoint = scan(source)
+        if checkpoint.unused:
+            log.warning("%s: not loaded, since nothing refers to them: %s", source, ", ".join(checkpoint.unused))
         ledger = Ledger(model.slots(), model.ignored_tensors)
         uses = ledger.match(checkpoint)
         total = sum(checkpoint.tensors[name].nbytes for name in (*uses.loaded, *uses.tied))

@@ -39,11 +39,15 @@ CONVERSIONS: dict[str, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A folder of sound weight files: headers parsed, every byte of data owned by exactly one tensor."""
+    """A folder of sound weight files: headers parsed, every byte of data owned by exactly one tensor.
+
+    `unused` are the names of `*.safetensors` files beside them that nothing refers to.
+    """
 
     folder: Path
     tensors: dict[str, TensorInfo]
     files: tuple[FileInfo, ...]
+    unused: tuple[str, ...]
 
 
 def scan(folder: Path, *, max_tensors: int = MAX_TENSORS) -> Checkpoint:
@@ -61,11 +65,8 @@ def scan(folder: Path, *, max_tensors: int = MAX_TENSORS) -> Checkpoint:
         raise CheckpointError(f"{folder} is not a folder that can be read", found=str(error)) from error
     faults: list[Problem] = []
     index = _read_index(root, faults) if INDEX in entries else None
-    if index is None:
-        names = _pick(entries, folder)
-        faults += _missing_shards(names)
-    else:
-        names = sorted(set(index.values()))
+    names = _pick(entries, folder) if index is None else sorted(set(index.values()))
+    faults += _missing_shards(names)
     files: list[FileInfo] = []
     sound: set[str] = set()
     tensors: dict[str, TensorInfo] = {}
@@ -88,7 +89,7 @@ def scan(folder: Path, *, max_tensors: int = MAX_TENSORS) -> Checkpoint:
     if faults:
         raise refuse(f"the weight files of {folder} are refused", faults,
                      fix="fetch the named files again, from where you trust")
-    return Checkpoint(folder=root, tensors=tensors, files=tuple(files))
+    return Checkpoint(folder=root, tensors=tensors, files=tuple(files), unused=_unused(entries, names))
 
 
 def locate(root: Path, name: str) -> FileInfo | Problem:
@@ -128,8 +129,14 @@ def _pick(entries: Sequence[str], folder: Path) -> list[str]:
                           fix=f"convert it once, if you trust it: {CONVERSIONS[Path(other).suffix]}")
 
 
+def _unused(entries: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
+    """Weight files that are left out; `consolidated*`, a second copy that its makers ship, is meant to be."""
+    return tuple(name for name in entries
+                 if name.endswith(SUFFIX) and name not in names and not name.startswith("consolidated"))
+
+
 def _missing_shards(names: Sequence[str]) -> Iterator[Problem]:
-    """Shards that no index lists but whose siblings `x-00001-of-00003` promise them."""
+    """Shards that are not named but whose siblings `x-00001-of-00003` promise them."""
     shards = [match for name in names if (match := _SHARD.fullmatch(name))]
     for stem, of in sorted({(m[1], m[3]) for m in shards}):
         have = {int(m[2]) for m in shards if (m[1], m[3]) == (stem, of)}

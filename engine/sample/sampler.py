@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...csrc.sampling import apply_min_p, apply_penalties, apply_top_k_top_p, draw
+from ...csrc.sampling import apply_min_p, apply_penalties, apply_top_k_top_p, draw, likeliest
 from .logprobs import LogprobTensors, token_logprobs
 from .metadata import Penalties, SamplingMetadata, put_rows, row_mask, take_rows
 
@@ -49,7 +49,7 @@ class Sampler:
         if metadata.penalties is not None:
             self._penalize(work, metadata.penalties)
 
-        peak, tokens = work.max(dim=-1)  # the maximum is finite exactly if the row can be sampled
+        peak, tokens = likeliest(work)  # the maximum is finite exactly if the row can be sampled
         invalid = ~peak.isfinite()
         if edited:  # a mask may have hidden a NaN
             invalid |= ~logits.amax(dim=-1).isfinite()

@@ -11,6 +11,7 @@ import msgspec
 from starlette.responses import Response
 
 from ..config import EngineConfig
+from ..layer_report import LayerReport
 from ..metrics import StepStats
 from ..plan import KVCacheLayout
 from ..request import RequestOutput, SamplingParams
@@ -32,6 +33,7 @@ class Engine(Protocol):
 
     config: EngineConfig
     layout: KVCacheLayout | None
+    layers: tuple[LayerReport, ...]
 
     @property
     def tokenizer(self) -> Tokenizer | None: ...

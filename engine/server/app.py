@@ -24,6 +24,7 @@ from starlette.routing import Route
 
 from ...plugins.log import get_logger
 from .._version import __version__
+from ..layer_report import render
 from .api import Api, Engine, Heartbeat, Limits, json_response
 from .args import ServerArgs
 from .auth import ApiKeys
@@ -77,6 +78,7 @@ def build_app(
         "/health": health,
         "/ping": health,
         "/version": version,
+        "/nybble/layers": layers,
         "/load": load,
         "/metrics": metrics,
     }
@@ -134,6 +136,11 @@ async def health(api: Api, request: Request) -> Response:
 
 async def version(api: Api, request: Request) -> Response:
     return json_response({"version": __version__})
+
+
+async def layers(api: Api, request: Request) -> Response:
+    """The load report: every linear layer, its kernel, and why no other runs it."""
+    return json_response({"layers": api.engine.layers})
 
 
 async def load(api: Api, request: Request) -> Response:
@@ -222,6 +229,8 @@ async def run(
         if not await _load(engine, signals.stop):
             return signals.exit_code
         lifecycle.phase = Phase.READY
+        if (form := engine.config.load.report) is not None:
+            print(render(engine.layers, form), flush=True)
         sys.stderr.write(banner(engine, url(server, sock)))
         await _watch(engine, signals.stop, serving, app.state.api.metrics)
         if engine.errored:

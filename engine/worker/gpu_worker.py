@@ -114,7 +114,8 @@ class GPUWorker:
         assert self.loaded is not None, "load_model comes first"
         config, layers = self.config, self._attention_layers
         problems = attention_problems(layers, dtype=self.dtype, device=self.device, block_size=layout.block_size)
-        choice = choose_attention_backend(problems, config.device.attention_backend, self.host)
+        backend = choose_attention_backend(problems, config.device.attention_backend, self.host).chosen
+        assert backend is not None
         processors = [
             self.host.resolve("logits_processor", name)(config.model.vocab_size, self.device)
             for name in config.model.logits_processors
@@ -122,7 +123,7 @@ class GPUWorker:
         scheduler = config.scheduler
         self.runner = GPUModelRunner(
             self.loaded.model,
-            choice.backend(layers, layout, dtype=self.dtype, device=self.device),
+            backend(layers, layout, dtype=self.dtype, device=self.device),
             SamplingState(max_rows=scheduler.max_num_seqs, vocab_size=config.model.vocab_size, device=self.device,
                           processors=processors),
             max_num_seqs=scheduler.max_num_seqs, max_len=max(config.model.max_model_len, 1 + DUMMY_OUTPUTS),

@@ -174,7 +174,7 @@ def test_made_up_weights_follow_the_config(key):
 
 @pytest.mark.parametrize("settings, scheme", [
     (DYNAMIC, "fp8, input fp8_e4m3 per token dynamic"), (STATIC, "fp8, input fp8_e4m3 per tensor static"), ({}, "fp8"),
-    (BLOCKS | DYNAMIC, "fp8 g128, input fp8_e4m3 per group128 dynamic"),
+    (BLOCKS | DYNAMIC, "fp8 blocks 128x128, input fp8_e4m3 per group128 dynamic"),
 ])
 def test_scheme(settings, scheme):
     assert str(method_for(settings, 8, 8, None).scheme) == scheme
@@ -224,10 +224,8 @@ def test_scales_that_cannot_be_meant(name, value):
 
 
 @pytest.mark.parametrize("name, ignored", [
-    ("self_attn.k_scale", True), ("self_attn.v_scale", True), ("self_attn.kv_scale", True),
-    ("self_attn.k_proj.k_scale", True), ("self_attn.v_proj.v_scale", True), ("self_attn.v_proj.output_scale", True),
     ("mlp.up_proj.weight_scale_inv", True), ("mlp.up_proj.weight_scale", False), ("mlp.up_proj.output_scale", False),
-    ("self_attn.k_proj.input_scale", False), ("self_attn.k_proj.bias", False),
+    ("self_attn.k_proj.input_scale", False), ("self_attn.k_proj.bias", False), ("self_attn.k_scale", False),
 ])
 def test_tensors_without_a_use(name, ignored):
     patterns = Fp8Config().ignored_tensors

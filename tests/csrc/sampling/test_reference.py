@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nybble.csrc.sampling import apply_min_p, apply_penalties, apply_top_k_top_p, draw
+from nybble.csrc.sampling import apply_min_p, apply_penalties, apply_top_k_top_p, draw, likeliest
 
 INF = float("inf")
 LAST_U = 1 - 2**-53
@@ -40,6 +40,15 @@ def kept(logits):
 def per_row(logits, strategy, data, dtype):
     rows = len(logits)
     return torch.tensor(data.draw(st.lists(strategy, min_size=rows, max_size=rows)), dtype=dtype)
+
+
+@pytest.mark.parametrize("vocab", [1, 33, 64, 96, 1000, 1024])  # no tiles; one; several, of 32 to 256 columns
+def test_likeliest_is_the_first_maximum(vocab):
+    rows = torch.randint(-3, 4, (9, vocab), generator=torch.Generator().manual_seed(vocab)).float()
+    rows[3], rows[4, -1], rows[5, vocab // 2] = -INF, INF, float("nan")
+    peak, token = likeliest(rows)
+    torch.testing.assert_close(peak, torch.from_numpy(rows.numpy().max(axis=1)), equal_nan=True, rtol=0, atol=0)
+    assert token.tolist() == rows.numpy().argmax(axis=1).tolist()
 
 
 @settings(deadline=None)

@@ -47,13 +47,14 @@ def problems(head_dim, layers=2):
 
 
 @pytest.mark.parametrize("head_dim, pin, chosen, refusals", [
-    (64, None, "narrow", {"torch": "priority 0 < 9", "eager": "priority 5 < 9"}),
-    (128, None, "eager", {"torch": "priority 0 < 5", "narrow": "head_dim 128 > 64"}),
+    (64, None, "narrow", {"torch": "narrow goes first (priority 9 over 0)",
+                              "eager": "narrow goes first (priority 9 over 5)"}),
+    (128, None, "eager", {"torch": "eager goes first (priority 5 over 0)", "narrow": "head_dim 128 > 64"}),
     (128, "torch", "torch", {}),
 ])
 def test_choice_and_reasons(host, head_dim, pin, chosen, refusals):
     choice = choose_attention_backend(problems(head_dim), pin, host)
-    assert (choice.backend.name, choice.refusals) == (chosen, refusals)
+    assert (choice.chosen.name, choice.refusals) == (chosen, refusals)
 
 
 def test_a_pin_that_cannot_run_says_why(host):

@@ -84,6 +84,7 @@ class FakeEngine:
     is_running: bool = True
     num_unfinished: int = 0
     layout: Any = None
+    layers: Any = ()
     tokenizer: FakeTokenizer | None = field(default_factory=FakeTokenizer)
     seen: list[dict[str, Any]] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-CodeType = Literal["uint", "int8", "fp8_e4m3"]
+CodeType = Literal["uint", "int8", "fp8_e4m3"] | str
 ActType = Literal["fp8_e4m3", "int8"]
 ActScale = Literal["tensor", "token", "group"]
 
@@ -29,9 +29,11 @@ class Scheme:
     """One way to store a matrix W [N, K]: W[n, k] = (code[n, k] - zero[n, g]) * scale[n, g], g = k // group.
 
     Attributes:
-        code: "uint" codes of `bits` bits, "int8" or "fp8_e4m3" (then there is no zero).
+        code: "uint" codes of `bits` bits, "int8" or "fp8_e4m3" (then there is no zero); a plugin's own codes have a
+            name that only its kernels know.
         bits: width of a code: 2, 3, 4 or 8.
         group: how many values along K share a scale; None: the whole row.
+        group_rows: how many rows share it: 1, or the height of a block.
         zero_point: zeros are stored; without, an unsigned code's zero is 2^(bits - 1).
         act_order: columns are stored sorted by group, and the input must be permuted alike.
         activation: None keeps the input in floating point.
@@ -40,13 +42,16 @@ class Scheme:
     code: CodeType
     bits: int
     group: int | None = None
+    group_rows: int = 1
     zero_point: bool = False
     act_order: bool = False
     activation: Activation | None = None
 
     def __str__(self) -> str:
-        weight = {"uint": f"int{self.bits}", "int8": "int8", "fp8_e4m3": "fp8"}[self.code]
+        weight = {"uint": f"int{self.bits}", "fp8_e4m3": "fp8"}.get(self.code, self.code)
         group = f" g{self.group}" if self.group else ""
+        if self.group_rows > 1:
+            group = f" blocks {self.group_rows}x{self.group}"
         zero = " zp" if self.zero_point else ""
         order = " act-order" if self.act_order else ""
         act = ""

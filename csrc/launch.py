@@ -1,0 +1,63 @@
+"""What Triton products share: whether they can run here, their tiles, and how inputs are split to fill a device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+# A split of fewer blocks than this costs more in writing its sums than it gains in reading weights.
+MIN_BLOCKS = 4
+# Elements of one program of `add_splits`.
+SUM_BLOCK = 1024
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many there are; 1 on CPU, where Triton's interpreter runs."""
+    return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def missing(device: torch.device, needed: tuple[int, int]) -> str | None:
+    """Why a Triton kernel that needs a compute capability cannot run on a device; None when it can."""
+    if device.type != "cuda":
+        return f"runs on CUDA, not on {device.type}"
+    if find_spec("triton") is None:
+        return "the package triton is not installed (pip install 'nybble[cuda]')"
+    if (found := torch.cuda.get_device_capability(device)) < needed:
+        have, want = (".".join(map(str, c)) for c in (found, needed))
+        return f"needs compute capability {want}, this device has {have}"
+    return None
+
+
+def split_blocks(tiles: int, blocks: int, programs: int) -> int:
+    """Into how many parts to split the inputs of a product of `tiles` programs, so that `programs` are in flight."""
+    wanted = -(-programs // tiles)
+    splits = max(1, min(wanted, blocks // MIN_BLOCKS, 16))
+    return -(-blocks // -(-blocks // splits))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """Outputs and tokens of one program, its warps and the depth of its pipeline."""
+
+    n: int
+    m: int
+    warps: int
+    stages: int
+
+
+def tile_for(tokens: int, tiles: Sequence[Tile]) -> Tile:
+    """The first tile that holds all tokens, else the last."""
+    return next((tile for tile in tiles if tokens <= tile.m), tiles[-1])
+
+
+def add_splits(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out [M, N] = the sum of parts [splits, M, N] float32, plus bias [N]; one launch, no atomics."""
+    from .triton_splits import add_splits_kernel
+
+    add_splits_kernel[(-(-out.numel() // SUM_BLOCK),)](
+        parts, parts if bias is None else bias, out, out.numel(), out.shape[1], SPLITS=len(parts),
+        HAS_BIAS=bias is not None, BLOCK=SUM_BLOCK)

@@ -1,0 +1,78 @@
+"""TritonW4A16Kernel: weights of 2, 3, 4 or 8 bits by 16-bit inputs on CUDA."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..launch import Tile, add_splits, missing, multiprocessors, split_blocks, tile_for
+from ..matrix import QuantizedMatrix
+from ..select import LinearKernel, Problem
+from .packing import MIN_BLOCK, PackedCodes, block_of
+
+# Measured on an H100 at Llama-3-8B's shapes: few tokens want small programs, many a tile that is read often.
+TILES = (Tile(n=64, m=16, warps=4, stages=3), Tile(n=64, m=32, warps=4, stages=4), Tile(n=64, m=64, warps=4, stages=4),
+         Tile(n=128, m=128, warps=8, stages=3))
+# Programs for each multiprocessor: enough loads in flight to hide memory's latency.
+WAVES = 4
+
+
+class TritonW4A16Kernel(LinearKernel):
+    """Codes with scales and zero points by group, inputs in any order; float32 sums, no atomics."""
+
+    name: ClassVar[str] = "triton_w4a16"
+    priority: ClassVar[int] = 10
+
+    @classmethod
+    def supports(cls, problem: Problem) -> str | None:
+        scheme = problem.scheme
+        if (reason := missing(problem.device, (8, 0))) is not None:
+            return reason
+        if scheme.code != "uint" or scheme.bits not in (2, 3, 4, 8) or scheme.activation is not None:
+            return "multiplies unsigned codes of 2, 3, 4 or 8 bits by inputs that are not quantized"
+        if problem.dtype not in (torch.bfloat16, torch.float16):
+            return f"multiplies 16-bit inputs, not {str(problem.dtype).removeprefix('torch.')}"
+        if block_of(scheme.group) < MIN_BLOCK:
+            return f"needs groups of a multiple of {MIN_BLOCK} inputs, not {scheme.group}"
+        if not problem.even:
+            return "inputs are scattered over groups of unequal size"
+        return None
+
+    def __init__(self, matrix: QuantizedMatrix, dtype: torch.dtype) -> None:
+        packed = PackedCodes.pack(matrix)
+        self.rows, self.columns, self.block, self.width = matrix.rows, matrix.columns, packed.block, packed.width
+        self.zero, self.blocks = matrix.zero - packed.offset, packed.bytes.shape[1]
+        self.blocks_per_group = 0 if matrix.scheme.group is None else matrix.scheme.group // packed.block
+        self.programs = WAVES * multiprocessors(matrix.scales.device)
+        self.weights = {"codes": packed.bytes, "scales": matrix.scales.expand(matrix.rows, -1).T.contiguous()}
+        if matrix.zeros is not None:
+            self.weights["zeros"] = (matrix.zeros.T ^ packed.offset).view(torch.int8).contiguous()
+        if matrix.order is not None:
+            self.weights["order"] = matrix.order.int()
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        from .triton_kernel import w4a16_kernel
+
+        rows = x.reshape(-1, self.columns).contiguous()
+        out = rows.new_empty(len(rows), self.rows)
+        if len(rows) == 0:
+            return out.unflatten(0, x.shape[:-1])
+        tile, weights = tile_for(len(rows), TILES), self.weights
+        tiles = -(-self.rows // tile.n) * -(-len(rows) // tile.m)
+        splits = split_blocks(tiles, self.blocks, self.programs)
+        target = out if splits == 1 else out.new_empty(splits, *out.shape, dtype=torch.float32)
+        codes = weights["codes"]
+        w4a16_kernel[(tiles, splits)](
+            rows, codes, weights["scales"], weights.get("zeros", codes), weights.get("order", codes),
+            codes if bias is None else bias, target,
+            len(rows), self.rows, self.columns, self.blocks, -(-self.blocks // splits),
+            BLOCKS_PER_GROUP=self.blocks_per_group, WIDTH=self.width, ZERO=self.zero, HAS_ZEROS="zeros" in weights,
+            HAS_ORDER="order" in weights, HAS_BIAS=bias is not None, SPLIT=splits > 1,
+            EVEN_K=self.columns % self.block == 0, UPCAST=x.device.type == "cpu",
+            BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=self.block, num_warps=tile.warps, num_stages=tile.stages,
+        )
+        if splits > 1:
+            add_splits(target, bias, out)
+        return out.unflatten(0, x.shape[:-1])
