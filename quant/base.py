@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from ..csrc.matrix import QuantizedMatrix
 from ..csrc.quantize import fake_quantize
 from ..csrc.scheme import Scheme
+from ..plugins.errors import UsageError
 
 Weights = Mapping[str, Tensor]
 
@@ -69,6 +70,9 @@ class WeightSpec:
             may stand for fewer.
         per_part: dimension 0 counts the parts, and each part's tensor is one entry of it; excludes `out_dim`.
         sources: dtypes a checkpoint may store it in; empty means exactly `dtype`.
+        fill: puts rows of the checkpoint's tensor into the layer's weights itself, from a row of the fused matrix on;
+            None copies them. For methods that quantize while loading.
+        stored: whether the checkpoint has it; else `fill` of another tensor makes it.
     """
 
     shape: tuple[int, ...]
@@ -77,6 +81,8 @@ class WeightSpec:
     out_per: int = 1
     per_part: bool = False
     sources: tuple[torch.dtype, ...] = ()
+    fill: Callable[[Weights, int, Tensor], None] | None = None
+    stored: bool = True
 
 
 FLOAT_SOURCES = (torch.float32, torch.float16, torch.bfloat16)
@@ -93,6 +99,7 @@ class Slot:
         optional: may be absent; `target` then keeps the value its owner declared as default.
         alias: `target` belongs to another slot (tied weights): if the file stores this name too, it must hold equal
             values. Implies optional.
+        fill: puts rows into place from a row on, instead of a copy into `target`.
     """
 
     name: str
@@ -100,6 +107,15 @@ class Slot:
     sources: tuple[torch.dtype, ...] = FLOAT_SOURCES
     optional: bool = False
     alias: bool = False
+    fill: Callable[[int, Tensor], None] | None = None
+
+    def put(self, row: int, values: Tensor) -> None:
+        """Store `values`, rows [row, row + len(values)) of the checkpoint's tensor (a scalar is one row)."""
+        if self.fill is not None:
+            self.fill(row, values)
+        else:
+            target = self.target.view(1) if self.target.ndim == 0 else self.target
+            target.narrow(0, row, len(values)).copy_(values)
 
 
 def part_slots(prefix: str, shape: LayerShape, specs: Mapping[str, WeightSpec], weights: Weights) -> Iterator[Slot]:
@@ -109,9 +125,12 @@ def part_slots(prefix: str, shape: LayerShape, specs: Mapping[str, WeightSpec], 
     the rows of the fused tensor that belong to q.
     """
     for name, spec in specs.items():
+        if not spec.stored:
+            continue
         start = 0
         for i, part in enumerate(shape.parts):
             target = weights[name]
+            fill = None if spec.fill is None else _filler(spec.fill, weights, start)
             if spec.per_part:
                 target = target[i]
             elif spec.out_dim is not None:
@@ -119,7 +138,12 @@ def part_slots(prefix: str, shape: LayerShape, specs: Mapping[str, WeightSpec], 
                 target = target.narrow(spec.out_dim, start, rows)
                 start += rows
             full = f"{prefix}.{part.name}.{name}" if prefix else f"{part.name}.{name}"
-            yield Slot(name=full, target=target, sources=spec.sources or (spec.dtype,))
+            yield Slot(name=full, target=target, sources=spec.sources or (spec.dtype,), fill=fill)
+
+
+def _filler(fill: Callable[[Weights, int, Tensor], None], weights: Weights,
+            start: int) -> Callable[[int, Tensor], None]:
+    return lambda row, values: fill(weights, start + row, values)
 
 
 class LinearMethod(ABC):
@@ -225,6 +249,16 @@ class QuantizationConfig(ABC):
     @abstractmethod
     def from_checkpoint(cls, config: Mapping[str, Any]) -> QuantizationConfig:
         """Read `quantization_config` of config.json. Raises CheckpointError on what it does not implement."""
+
+    @classmethod
+    def online(cls) -> QuantizationConfig:
+        """The config that quantizes a floating point checkpoint while it is loaded.
+
+        Raises UsageError: the method has none.
+        """
+        raise UsageError(f"{cls.__name__} cannot quantize a checkpoint while it is loaded",
+                         found="a checkpoint in floating point",
+                         fix="leave --quantization out, or quantize the checkpoint with the method's own tool first")
 
     @abstractmethod
     def method_for(self, layer_name: str, shape: LayerShape, found: Found | None) -> LinearMethod | None:

@@ -12,6 +12,7 @@ from ..csrc.scheme import Activation
 from ..plugins.errors import CheckpointError
 from .base import FLOAT_SOURCES, Found, LayerShape, LinearMethod, QuantizationConfig
 from .evidence import check_plain, contradiction, name_list, refuse_unknown, unsupported
+from .online import OnlineFp8Method
 from .rules import Rule, exact_rules, first_match
 from .scaled import ScaledMethod, assume_scaled, read_scaled
 
@@ -26,12 +27,14 @@ class Fp8Config(QuantizationConfig):
     """FP8 (E4M3) weights with scales per tensor, per channel or per block.
 
     Attributes:
+        quantize: the checkpoint is in floating point and is quantized while it is loaded: every matrix but the head.
         ignored: layers left in floating point; asked only when there is no stored dtype to go by.
         block: `weight_block_size`, or None.
         activation: how inputs are rounded; None leaves them as they are. A dynamic input is rounded per token also
             where AutoFP8 takes one scale for a whole batch, or results would depend on who else is in the batch.
     """
 
+    quantize: bool = False
     ignored: tuple[Rule, ...] = ()
     block: tuple[int, int] | None = None
     activation: Activation | None = None
@@ -48,7 +51,13 @@ class Fp8Config(QuantizationConfig):
         return cls(ignored=exact_rules(names), block=block,
                    activation=_activation(config.get("activation_scheme"), block))
 
+    @classmethod
+    def online(cls) -> Fp8Config:
+        return cls(quantize=True)
+
     def method_for(self, layer_name: str, shape: LayerShape, found: Found | None) -> LinearMethod | None:
+        if self.quantize:
+            return None if layer_name.rpartition(".")[2] == "lm_head" else OnlineFp8Method.per_channel()
         if found is None:
             return None if first_match(self.ignored, layer_name) else self._assumed()
         if "weight" not in found or found["weight"].dtype in FLOAT_SOURCES:

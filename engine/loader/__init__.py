@@ -88,15 +88,18 @@ def check_quantized(model: CausalLM, config: EngineConfig) -> None:
         raise CheckpointError(
             f"quantization {config.model.quantization} was asked for, but no layer is stored that way",
             found="floating point weights in every layer",
-            fix="leave --quantization out; quantizing while loading is not implemented",
+            fix="remove quantization_config, or fetch the checkpoint again",
         )
 
 
 def quantization(config: EngineConfig, host: PluginHost) -> QuantizationConfig | None:
-    """How the checkpoint is quantized, as its method's plugin reads it."""
+    """How the checkpoint is quantized, as its method's plugin reads it, or is to be quantized while it is loaded."""
     if config.model.quantization is None:
         return None
-    return get_quantization_config(config.model.quantization, host).from_checkpoint(config.model.quantization_config)
+    method = get_quantization_config(config.model.quantization, host)
+    if not config.model.quantization_config:
+        return method.online()
+    return method.from_checkpoint(config.model.quantization_config)
 
 
 def stored_modules(checkpoint: Checkpoint) -> dict[str, Found]:

@@ -27,7 +27,8 @@ class DummyLoader(WeightLoader):
         total = sum(slot.target.nbytes for slot in filled)
         with torch.no_grad(), byte_progress("making up weights", total, enabled=progress) as advance:
             for slot in filled:
-                slot.target.copy_(_values(slot, seed))
+                values = _values(slot, seed)
+                slot.put(0, values.view(1) if values.ndim == 0 else values)
                 advance(slot.target.nbytes)
         return LoadReport(
             loaded=tuple(slot.name for slot in filled),

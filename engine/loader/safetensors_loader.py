@@ -47,7 +47,7 @@ class SafetensorsLoader(WeightLoader):
         total = sum(checkpoint.tensors[name].nbytes for name in (*uses.loaded, *uses.tied))
         with torch.no_grad(), byte_progress("loading weights", total, enabled=progress) as advance:
             for slot, row, values in _pieces(checkpoint, ledger, uses.loaded, advance):
-                _rows(slot.target).narrow(0, row, len(values)).copy_(values)
+                slot.put(row, values)
             _check_tied(checkpoint, ledger, uses.tied, advance)
         return LoadReport(
             loaded=uses.loaded, derived=uses.derived, defaulted=uses.defaulted, ignored=uses.ignored,

@@ -56,5 +56,6 @@ def test_what_loading_would_refuse_and_odd_scales(qwen2, capsys):
 
 @pytest.mark.parametrize("command", [["inspect"], ["generate", "-p", "x"]], ids=lambda c: c[0])
 def test_a_method_that_no_layer_is_stored_by_is_refused(qwen2, command, capsys):
-    assert main([command[0], str(qwen2), *command[1:], "--quantization", "fp8"]) == 3
+    config = '{"quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic"}}'
+    assert main([command[0], str(qwen2), *command[1:], "--hf-overrides", config]) == 3
     assert "no layer is stored that way" in capsys.readouterr().err
