@@ -90,6 +90,10 @@ class EngineArgs:
     linear_backend: str | None = setting(
         None, "pin the kernel of every quantized linear layer; reference is the method's own arithmetic", group="device"
     )
+    moe_backend: str | None = setting(
+        None, "pin what runs the experts of every layer, whatever their format", group="device"
+    )
+    expert_stats: bool = setting(False, "count the tokens of every expert", group="device")
     cpu_threads: int | None = setting(None, "torch threads on CPU (default: torch's)", group="device", low=1)
     block_size: int = setting(
         16, "tokens in one KV-cache block, a power of two", group="cache", low=1, high=256

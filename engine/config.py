@@ -99,6 +99,8 @@ class DeviceConfig:
     device: str = "cpu"
     attention_backend: str | None = None
     linear_backend: str | None = None
+    moe_backend: str | None = None
+    expert_stats: bool = False
     cpu_threads: int | None = None
 
 

@@ -65,7 +65,7 @@ def inspect_checkpoint(config: EngineConfig, host: PluginHost) -> Inspection:
     checkpoint = scan(folder)
     quant = quantization(config, host)
     make = Make(dtype=getattr(torch, config.model.dtype), device=torch.device("meta"), max_len=1, quant=quant,
-                stored=stored_modules(checkpoint) if quant else None)
+                stored=stored_modules(checkpoint))
     model_class = host.resolve("model", config.model.architecture)
     model: CausalLM = model_class(Fields(config.model.hf_config, config.model.architecture), make)
     if quant is not None:

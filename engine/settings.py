@@ -159,6 +159,8 @@ def build_engine_config(args: EngineArgs, host: PluginHost | None = None) -> Eng
             attention_backend=args.attention_backend
             and _provided(host, "attention_backend", args.attention_backend),
             linear_backend=args.linear_backend,
+            moe_backend=args.moe_backend,
+            expert_stats=args.expert_stats,
             cpu_threads=args.cpu_threads,
         ),
         load=LoadConfig(

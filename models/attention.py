@@ -11,25 +11,37 @@ from ..quant import KVScales, Slot
 from .base import Batch
 
 
-class Attention(nn.Module):
-    """Grouped-query attention of one layer over the paged KV cache, projections excluded.
+class AttentionLayer(nn.Module):
+    """What the cache and a backend know of any attention layer.
 
-    Attributes that a backend reads: `index` (which layer's cache), `num_heads`, `num_kv_heads`, `head_dim`, `scale`,
-    `sliding_window` (a query sees that many positions, itself included; None sees all); and for an FP8 cache
-    `k_scale` and `v_scale`, 1.0 where the checkpoint stores none (a cached value times its scale is the value).
+    Attributes:
+        index: which layer's cache.
+        num_heads, head_dim: of the queries as they meet the keys; `scale` multiplies their products.
+        kv_shape: (planes, heads, width), the values kept per token: (2, kv_heads, head_dim) for K and V.
+        kv_lora_rank: width of the latent that K and V are made of (multi-head latent attention, `run_latent`), at the
+            front of the one plane; None when K and V themselves are kept (`run`).
+        sliding_window: a query sees that many positions, itself included; None sees all.
+        k_scale, v_scale: for an FP8 cache, 1.0 where the checkpoint stores none (a cached value times its scale is
+            the value).
 
     Args:
         prefix: the layer's name in the checkpoint ("model.layers.0.self_attn"), where those scales are looked for.
     """
 
-    def __init__(self, index: int, *, num_heads: int, num_kv_heads: int, head_dim: int, scale: float | None = None,
-                 sliding_window: int | None = None, prefix: str | None = None) -> None:
+    kv_lora_rank: int | None = None
+    sliding_window: int | None = None
+
+    def __init__(self, index: int, *, num_heads: int, head_dim: int, kv_shape: tuple[int, int, int],
+                 scale: float | None, prefix: str | None) -> None:
         super().__init__()
-        self.index, self.num_heads, self.num_kv_heads, self.head_dim = index, num_heads, num_kv_heads, head_dim
+        self.index, self.num_heads, self.head_dim, self.kv_shape = index, num_heads, head_dim, kv_shape
         self.scale = head_dim**-0.5 if scale is None else scale
-        self.sliding_window = sliding_window
         self.k_scale = self.v_scale = 1.0
         self._stored_scales = None if prefix is None else KVScales(prefix)
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.kv_shape[1]
 
     def slots(self) -> Iterator[Slot]:
         if self._stored_scales is not None:
@@ -41,6 +53,16 @@ class Attention(nn.Module):
         if scales is not None:
             self.k_scale, self.v_scale = scales
         return scales is not None
+
+
+class Attention(AttentionLayer):
+    """Grouped-query attention of one layer over the paged KV cache, projections excluded."""
+
+    def __init__(self, index: int, *, num_heads: int, num_kv_heads: int, head_dim: int, scale: float | None = None,
+                 sliding_window: int | None = None, prefix: str | None = None) -> None:
+        super().__init__(index, num_heads=num_heads, head_dim=head_dim, kv_shape=(2, num_kv_heads, head_dim),
+                         scale=scale, prefix=prefix)
+        self.sliding_window = sliding_window
 
     def forward(self, qkv: Tensor, rope: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
         """qkv [T, (num_heads + 2 num_kv_heads) * head_dim] -> [T, num_heads * head_dim]."""

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from ..plugins.errors import CheckpointError
+from ..moe import Experts
 from ..plugins.log import get_logger
 from ..quant import Linear, Slot
 
@@ -75,9 +74,8 @@ class CausalLM(nn.Module):
         Raises CheckpointError that names the layer whose values cannot be meant.
         """
         for module in self.modules():
-            if isinstance(module, Linear):
-                with _naming(module.prefix):
-                    module.after_load()
+            if isinstance(module, Experts | Linear):
+                module.after_load()
         scaled = [layer for layer in self.attention_layers() if layer.after_load()]
         if scaled:
             log.info("%d layer(s) store scales of an FP8 KV cache: kept for one, this release's cache is not quantized",
@@ -89,13 +87,3 @@ class CausalLM(nn.Module):
 
         layers = [m for m in self.modules() if isinstance(m, Attention)]
         return sorted(layers, key=lambda layer: layer.index)
-
-
-@contextmanager
-def _naming(prefix: str) -> Iterator[None]:
-    """Put the place of a layer before the name that an error of its method gives it."""
-    try:
-        yield
-    except CheckpointError as error:
-        raise CheckpointError(f"{prefix}.{error.asked}".removeprefix("."), found=error.found, known=error.known,
-                              fix=error.fix) from error

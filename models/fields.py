@@ -20,7 +20,8 @@ INERT = frozenset(
     repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
     num_return_sequences forced_bos_token_id forced_eos_token_id remove_invalid_values
     exponential_decay_length_penalty suppress_tokens begin_suppress_tokens prefix
-    tf_legacy_loss use_bfloat16""".split()
+    tf_legacy_loss use_bfloat16 router_aux_loss_coef router_jitter_noise output_router_logits aux_loss_alpha
+    seq_aux""".split()
 )
 
 

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from ..csrc.select import Kernels
+from ..moe import Backends, Expert, Experts, Router, Routing
+from ..moe.stacks import is_stacked, stacked_slots
 from ..quant import (
     Found,
     LayerShape,
@@ -16,6 +18,7 @@ from ..quant import (
     LinearMethod,
     Part,
     QuantizationConfig,
+    Slot,
     SplitLinear,
     Unquantized,
 )
@@ -27,7 +30,8 @@ from .rope import RopeConfig, Rotary
 class Make:
     """A layer factory at one place (`prefix`) of the checkpoint's name tree.
 
-    `max_len` bounds the rotary tables; `kernels` are what may run a quantized layer; `quant` None leaves every layer
+    `max_len` bounds the rotary tables; `kernels` and `backends` are what may run a quantized layer and a layer of
+    experts, whose tokens `count_experts` counts; `quant` None leaves every layer
     unquantized; `stored` is what the checkpoint holds of each module, None when weights are made up.
     """
 
@@ -35,6 +39,8 @@ class Make:
     device: torch.device
     max_len: int
     kernels: Kernels = field(default_factory=Kernels)
+    backends: Backends = field(default_factory=Backends)
+    count_experts: bool = False
     quant: QuantizationConfig | None = None
     stored: Mapping[str, Found] | None = None
     prefix: str = ""
@@ -72,6 +78,34 @@ class Make:
         shape = LayerShape(in_features=in_features, bias=bias, parts=tuple(parts))
         return Linear(self.prefix, shape, method, dtype=self.dtype, device=self.device,
                       kernels=self.kernels)
+
+    def either(self, *names: str, probe: str) -> Make:
+        """The factory at whichever of `names` the checkpoint stores a module `probe` in; the first if in none."""
+        return self.at(next((name for name in names if self.at(name).stores(probe)), names[0]))
+
+    def stores(self, name: str) -> bool:
+        """Whether the checkpoint has tensors of the module `name`."""
+        return self.stored is not None and self._full(name) in self.stored
+
+    def router(self, name: str, hidden: int, experts: int, routing: Routing, *, bias: str | None = None) -> Router:
+        return Router(self._full(name), hidden, experts, routing, bias=bias, dtype=self.dtype, device=self.device)
+
+    def experts(self, name: str, count: int, hidden: int, intermediate: int, *, top_k: int,
+                parts: Sequence[tuple[str, str, str]]) -> Experts:
+        """`count` experts at `name`; `parts` are the names that gate, up and down may have, the usual ones first."""
+        here = self.at(name)
+        gate, up, down = next((names for names in parts if here.at("0").stores(names[2])), parts[0])
+        experts = [
+            Expert(one.fused([(gate, intermediate), (up, intermediate)], hidden),
+                   one._linear([Part(name=down, size=hidden)], intermediate,
+                               one._method(Part(name=down, size=hidden), intermediate), bias=False))
+            for one in (here.at(str(number)) for number in range(count))
+        ]
+        stacks: tuple[Slot, ...] = ()
+        if is_stacked((self.stored or {}).get(here.prefix)):
+            stacks = tuple(stacked_slots(here.prefix, experts, hidden, intermediate))
+        return Experts(here.prefix, experts, hidden=hidden, intermediate=intermediate, top_k=top_k, dtype=self.dtype,
+                       device=self.device, backends=self.backends, count=self.count_experts, stacks=stacks)
 
     def norm(self, name: str, size: int, eps: float) -> RMSNorm:
         return RMSNorm(self._full(name), size, eps, dtype=self.dtype, device=self.device)

@@ -14,6 +14,7 @@ def nybble_models() -> Table:
     return {
         "LlamaForCausalLM": "nybble.models.llama:LlamaForCausalLM",
         "MistralForCausalLM": "nybble.models.llama:LlamaForCausalLM",
+        "MixtralForCausalLM": "nybble.models.mixtral:MixtralForCausalLM",
         "Qwen2ForCausalLM": "nybble.models.qwen2:Qwen2ForCausalLM",
     }
 
@@ -39,6 +40,11 @@ def nybble_kernels() -> Table:
         "triton_w8a16": "nybble.csrc.scaled_gemm:TritonWeightOnlyKernel",
         "triton_w8a8": "nybble.csrc.scaled_gemm:TritonScaledKernel",
     }
+
+
+@hookimpl
+def nybble_moe_backends() -> Table:
+    return {"reference": "nybble.moe.reference:ReferenceBackend"}
 
 
 @hookimpl

@@ -61,7 +61,7 @@ def nybble_kernels() -> Table:  # type: ignore[empty-body]
 
 @hookspec
 def nybble_moe_backends() -> Table:  # type: ignore[empty-body]
-    """Ways to run a layer's experts."""
+    """Classes derived from `moe/backend.py:MoEBackend`, by the name that --moe-backend pins."""
 
 
 @hookspec

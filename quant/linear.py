@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..csrc.select import Kernels, LinearKernel, Problem
-from ..plugins.errors import NybbleError, PluginError, UsageError
+from ..plugins.errors import CheckpointError, NybbleError, PluginError, UsageError
 from .base import FLOAT_SOURCES, REFERENCE, LayerShape, LinearMethod, Slot, WeightSpec, part_slots
 
 
@@ -22,7 +22,8 @@ class Linear(nn.Module):
         dtype: of activations, bias and unquantized weights.
         kernels: what may run it, asked once every tensor is in place.
 
-    Weights are allocated uninitialised; a loader fills every slot or refuses.
+    Weights are allocated uninitialised; a loader fills every slot or refuses. An owner, such as a layer of experts, sets
+    `stored` to false where the checkpoint stores the weights under another name, and `owner` to what runs them.
     """
 
     def __init__(self, prefix: str, shape: LayerShape, method: LinearMethod, *, dtype: torch.dtype,
@@ -34,6 +35,8 @@ class Linear(nn.Module):
             name: torch.empty(spec.shape, dtype=spec.dtype, device=device) for name, spec in self.specs.items()
         }
         self.bias = torch.empty(shape.out_features, dtype=dtype, device=device) if shape.bias else None
+        self.stored, self.packed, self._released = True, False, 0
+        self.owner: str | None = None
         self.kernel: LinearKernel | None = None
         self.refusals: Mapping[str, str] = {}
 
@@ -43,24 +46,45 @@ class Linear(nn.Module):
         return f"{self.prefix}.{parts}" if self.prefix else parts
 
     def slots(self) -> Iterator[Slot]:
+        return self.own_slots() if self.stored else iter(())
+
+    def own_slots(self) -> Iterator[Slot]:
+        """A slot for every tensor of every part, whoever fills them."""
         yield from part_slots(self.prefix, self.shape, self.specs, self.weights)
         if self.bias is not None:
             spec = WeightSpec(shape=tuple(self.bias.shape), dtype=self.bias.dtype, sources=FLOAT_SOURCES)
             yield from part_slots(self.prefix, self.shape, {"bias": spec}, {"bias": self.bias})
 
     def after_load(self) -> None:
-        """Check the values, choose a kernel and let it pack them; only what runs stays in memory."""
-        self.weights = self.method.after_load(dict(self.weights), self.shape)
+        """Check the values, choose a kernel and let it pack them; only what runs stays in memory.
+
+        Does nothing for a layer that an owner, such as a layer of experts, has already packed.
+        """
+        if not self.packed:
+            self.check()
+            self.pack()
+
+    def check(self) -> None:
+        """Take over what was loaded. Raises CheckpointError naming the layer whose values cannot be meant."""
+        try:
+            self.weights = self.method.after_load(dict(self.weights), self.shape)
+        except CheckpointError as error:
+            asked = f"{self.prefix}.{error.asked}" if self.prefix else error.asked
+            raise CheckpointError(asked, found=error.found, known=error.known, fix=error.fix) from error
+
+    def pack(self) -> None:
+        """Choose the kernel of a checked layer and let it pack the weights."""
+        self.packed = True
         if self.method.plain:
             return
         matrix = self.method.matrix(self.weights)
         if matrix is None:
             reason = f"{type(self.method).__name__} gives kernels no codes"
-            self.refusals = dict.fromkeys(self.kernels.known, reason)
+            self.refusals = {**self.refusals, **dict.fromkeys(self.kernels.known, reason)}
             chosen = None
         else:
             choice = self.kernels.choose(Problem.of(matrix, self.dtype))
-            chosen, self.refusals = choice.chosen, choice.refusals
+            chosen, self.refusals = choice.chosen, {**self.refusals, **choice.refusals}
         if chosen is None and self.kernels.pin not in (None, REFERENCE):
             assert self.kernels.pin is not None
             raise UsageError(f"{self.name}: the pinned kernel {self.kernels.pin} cannot run this layer",
@@ -77,6 +101,10 @@ class Linear(nn.Module):
                                   fix=f"pin another: --linear-backend {REFERENCE}") from exc
             self.weights = self.kernel.weights
 
+    def release(self, nbytes: int) -> None:
+        """Drop the weights: an owner has packed them with others, of which `nbytes` are this layer's."""
+        self.packed, self.weights, self._released = True, {}, nbytes
+
     @property
     def scheme(self) -> str:
         """How the matrix is stored, in words: the scheme, the dtype of plain weights, else the method's name."""
@@ -87,12 +115,15 @@ class Linear(nn.Module):
     @property
     def runs_by(self) -> str:
         """The name of what multiplies: a kernel's, or that of the method's own arithmetic."""
-        return self.kernel.name if self.kernel is not None else self.method.runs_by(self.weights)
+        if self.owner is not None and not self.weights:
+            return self.owner
+        own = self.kernel.name if self.kernel is not None else self.method.runs_by(self.weights)
+        return own if self.owner is None else f"{self.owner}, {own}"
 
     @property
     def nbytes(self) -> int:
         """Bytes of every tensor the layer keeps."""
-        return sum(t.nbytes for t in (*self.weights.values(), *([] if self.bias is None else [self.bias])))
+        return self._released + sum(t.nbytes for t in (*self.weights.values(), *([] if self.bias is None else [self.bias])))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kernel is not None:

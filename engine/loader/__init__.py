@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ...csrc.select import Kernels, LinearKernel, check_pin
+from ...csrc.select import Kernels, check_pin
 from ...models import CausalLM, Fields, Make
+from ...moe import Backends
 from ...plugins.errors import CheckpointError, PluginError
 from ...plugins.manager import PluginHost
 from ...quant import REFERENCE, Found, Linear, QuantizationConfig, Stored, Unquantized, get_quantization_config
@@ -40,9 +42,10 @@ def get_model(config: EngineConfig, host: PluginHost, device: torch.device) -> L
     folder = Path(config.model.model)
     loader_name = SAFETENSORS if config.load.load_format == "auto" else config.load.load_format
     quant = quantization(config, host)
-    stored = stored_modules(scan(folder)) if quant and loader_name == SAFETENSORS else None
+    stored = stored_modules(scan(folder)) if loader_name == SAFETENSORS else None
     make = Make(dtype=dtype, device=device, max_len=config.model.max_model_len, quant=quant, stored=stored,
-                kernels=linear_kernels(host, config.device.linear_backend))
+                kernels=linear_kernels(host, config.device.linear_backend),
+                backends=moe_backends(host, config.device.moe_backend), count_experts=config.device.expert_stats)
     model_class = host.resolve("model", config.model.architecture)
     model = model_class(Fields(config.model.hf_config, config.model.architecture), make)
     if quant is not None:
@@ -55,22 +58,30 @@ def get_model(config: EngineConfig, host: PluginHost, device: torch.device) -> L
 
 
 def linear_kernels(host: PluginHost, pin: str | None) -> Kernels:
-    """Every kernel that plugins offer; one that cannot be imported is left out with its cause, unless it is pinned.
+    """Every linear kernel that plugins offer. Raises UsageError for a pin that nobody offers."""
+    check_pin(pin, {*host.names("kernel"), REFERENCE}, "kernel")
+    known, broken = resolve_all(host, "kernel", pin)
+    return Kernels(known=known, broken=broken, pin=pin)
 
-    Raises UsageError for a pin that nobody offers, PluginError for a pinned kernel that is broken.
-    """
-    names = host.names("kernel")
-    check_pin(pin, {*names, REFERENCE}, "kernel")
-    known: dict[str, type[LinearKernel]] = {}
-    broken = {}
-    for name in names:
+
+def moe_backends(host: PluginHost, pin: str | None) -> Backends:
+    """Every MoE backend that plugins offer. Raises UsageError for a pin that nobody offers."""
+    check_pin(pin, host.names("moe_backend"), "MoE backend")
+    known, broken = resolve_all(host, "moe_backend", pin)
+    return Backends(known=known, broken=broken, pin=pin)
+
+
+def resolve_all(host: PluginHost, kind: str, pin: str | None) -> tuple[dict[str, Any], dict[str, str]]:
+    """(parts of one kind, causes of those that cannot be imported). Raises PluginError when the pinned one cannot."""
+    known, broken = {}, {}
+    for name in host.names(kind):
         try:
-            known[name] = host.resolve("kernel", name)
+            known[name] = host.resolve(kind, name)
         except PluginError as error:
             if name == pin:
                 raise
             broken[name] = f"{error.asked}: {error.found}"
-    return Kernels(known=known, broken=broken, pin=pin)
+    return known, broken
 
 
 def layer_reports(model: CausalLM) -> Iterator[LayerReport]:

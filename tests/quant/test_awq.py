@@ -68,6 +68,21 @@ def test_round_trip(group, scales, out, data):
     torch.testing.assert_close(method.apply(weights, x, torch.ones(out)), x @ expected.T + 1, atol=1e-3, rtol=1e-5)
 
 
+def test_the_matrix_that_kernels_read():
+    method = AWQMethod(group=32)
+    stored, _ = made_up(method, 64, 40, 0)
+    matrix = method.matrix(method.after_load(stored, shape_of(64, 40)))
+
+    def code(words: torch.Tensor, row: int, output: int) -> int:
+        return int(words[row, output // 8]) >> 4 * ORDER.index(output % 8) & 15
+
+    for codes, words, found in [(64, "qweight", matrix.codes(0, 40)), (2, "qzeros", matrix.zeros)]:
+        assert found.tolist() == [[code(stored[words], row, n) for row in range(codes)] for n in range(40)]
+    assert torch.equal(matrix.codes(5, 23), matrix.codes(0, 40)[5:23])
+    assert torch.equal(matrix.scales, stored["scales"].T)
+    assert (matrix.rows, matrix.columns, matrix.groups, matrix.scale_rows) == (40, 64, None, None)
+
+
 def test_parts_load_into_their_place():
     """Two matrices in one layer are the two apart, one below the other."""
     shape, method = shape_of(64, 24, 40), AWQMethod(group=32)

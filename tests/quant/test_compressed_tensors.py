@@ -141,6 +141,34 @@ def test_act_order_that_the_writer_undid(order):
     assert torch.equal(dequant(load(settings, 64, [9], stored)), expected)
 
 
+def digits(words: torch.Tensor, bits: int, count: int) -> list[list[int]]:
+    """Codes of rows of words, by division."""
+    return [[(row[i * bits // 32] & 0xFFFFFFFF) // (1 << i * bits % 32) % (1 << bits) for i in range(count)]
+            for row in words.tolist()]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("zeros", [False, True], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("order", [False, True], ids=["in order", "act-order"])
+def test_the_packed_matrix_that_kernels_read(bits, zeros, order):
+    """Fused parts of unequal sizes where they can be fused: each part's zeros begin in a word of their own."""
+    sizes = [13] if order else [13, 8, 3]
+    parts = [packed(n, 60, bits, 32, zeros=zeros, order=order, seed=n)[0] for n in sizes]
+    settings = config("pack-quantized", num_bits=bits, strategy="group", group_size=32, symmetric=not zeros,
+                      actorder="group" if order else None)
+    linear = load(settings, 60, sizes, *parts)
+    matrix = linear.method.matrix(linear.weights)
+    codes = [row for part in parts for row in digits(part["weight_packed"], bits, 60)]
+    assert matrix.codes(0, sum(sizes)).tolist() == codes and matrix.codes(4, 9).tolist() == codes[4:9]
+    assert torch.equal(matrix.scales, torch.cat([part["weight_scale"] for part in parts]).float())
+    assert (matrix.groups is not None) == order and (matrix.zeros is not None) == zeros
+    if order:
+        assert torch.equal(matrix.groups, parts[0]["weight_g_idx"])
+    if zeros:
+        stored = [digits(part["weight_zero_point"].T, bits, n) for part, n in zip(parts, sizes)]
+        assert matrix.zeros.T.tolist() == [[zero for row in rows for zero in row] for rows in zip(*stored)]
+
+
 def eight_bit(form: str, rows: int, columns: int, *shape: int) -> Tensors:
     generator = torch.Generator().manual_seed(rows)
     weight = torch.randint(-127, 128, (rows, columns), generator=generator)

@@ -12,10 +12,15 @@ from nybble import LLM, SamplingParams
 
 NAMES = [
     "llama-awq", "llama-ct-fp8-dynamic", "llama-ct-w4a16-actorder", "llama-fp8-block", "llama-fp8-static",
-    "llama-gptq-int4", "llama-gptq-int4-actorder", "llama-gptq-int4-asym-v2", "qwen2-awq", "qwen2-ct-fp8-dynamic",
+    "llama-gptq-int4", "llama-gptq-int4-actorder", "llama-gptq-int4-asym-v2",
+    "mixtral-awq", "mixtral-bf16", "mixtral-ct-fp8-dynamic", "mixtral-ct-w4a16", "mixtral-fp8-block", "mixtral-fp8-static",
+    "mixtral-gptq-int4", "mixtral-gptq-int4-actorder", "mixtral-gptq-int4-asym", "mixtral-gptq-int8", "qwen2-awq", "qwen2-ct-fp8-dynamic",
     "qwen2-ct-fp8-static", "qwen2-fp8-block", "qwen2-gptq-int4",
 ]
 PROMPTS = range(3)
+# llm-compressor rounds the inputs of an expert, which are two-dimensional, by one scale for all its tokens, where the
+# format says one for each token: its result depends on the batch, and ours is nearer to it than unrounded inputs are.
+ONE_SCALE = ("mixtral-ct-fp8-dynamic", "qwen2moe-ct-fp8-dynamic", "dsv2-ct-fp8-dynamic", "dsv2lite-ct-fp8-dynamic")
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -34,8 +39,10 @@ def test_logits(name, shared_fixtures, forward_logits):
         expected = oracle[f"logits_{i}"].view(len(ids), -1)
         found = forward_logits(shared_fixtures / name, ids, (len(ids) // 2,))
         if f"wonly_logits_{i}" in oracle:
-            noise = distance(oracle[f"wonly_logits_{i}"].view(len(ids), -1), expected).median()
-            assert distance(found, expected).median() < noise / 100
+            noise = distance(oracle[f"wonly_logits_{i}"].view(len(ids), -1), expected)
+            sure = oracle.get(f"router_gap_{i}", torch.ones(len(ids))).flatten()[: len(ids)] > 1e-3
+            limit = noise[sure].median() / (1 if name in ONE_SCALE else 100)
+            assert distance(found, expected)[sure].median() < limit
         else:
             assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
 

@@ -106,6 +106,27 @@ def test_fused_parts_keep_their_scales(settings, shape):
     assert torch.equal(linear.method.dequant_rows(linear.weights, 150, 200), expected[150:200])
 
 
+@pytest.mark.parametrize("settings, shape, scale_rows", [
+    (DYNAMIC, lambda n: (), None), (DYNAMIC, lambda n: (n, 1), None),
+    (BLOCKS | DYNAMIC, lambda n: (-(-n // 128), 2), [0] * 128 + [1] * 32 + [2] * 33 + [3] * 128),
+], ids=["tensor", "channel", "block"])
+def test_the_matrix_that_kernels_read(settings, shape, scale_rows):
+    sizes = [160, 33, 128]
+    parts = [{"weight": matrix(n, 200, i), "weight_scale": scales(*shape(n), seed=i)} for i, n in enumerate(sizes)]
+    linear = load(settings, 200, *parts)
+    found = linear.method.matrix(linear.weights)
+    stored = torch.cat([part["weight"].view(U8) for part in parts])
+    for start, stop in [(0, 321), (7, 170)]:
+        assert torch.equal(found.codes(start, stop).view(U8), stored[start:stop])
+    assert found.scale_rows is None if scale_rows is None else found.scale_rows.tolist() == scale_rows
+    at = torch.arange(321) if scale_rows is None else found.scale_rows.long()
+    for n, (part, row) in enumerate((part, row) for part, size in zip(parts, sizes) for row in range(size)):
+        scale = part["weight_scale"]
+        expected = scale.reshape(1) if scale.ndim == 0 else scale[row // 128 if scale_rows else row]
+        assert torch.equal(found.scales[at[n]], expected)
+    assert (found.zeros, found.zero, found.groups, found.input_scale) == (None, 0, None, None)
+
+
 def rounded(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
     return (x / scale).clamp(-448, 448).to(E4M3).float() * scale
 

@@ -32,6 +32,15 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.tensor(columns, dtype=torch.int32).T.contiguous()
 
 
+def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """[W, C] -> [W * 32 / bits, C]: each column of words is one number again, and codes are its digits."""
+    columns = []
+    for column in words.T.tolist():
+        number = sum((word & 0xFFFFFFFF) << (32 * i) for i, word in enumerate(column))
+        columns.append([number >> (i * bits) & ((1 << bits) - 1) for i in range(len(column) * 32 // bits)])
+    return torch.tensor(columns, dtype=torch.uint8).T
+
+
 def made_up(method: GPTQMethod, inputs: int, out: int, seed: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Stored tensors of one matrix and what they stand for [out, inputs], by the definition."""
     rng = torch.Generator().manual_seed(seed)
@@ -79,6 +88,25 @@ def test_round_trip(method, inputs, out, data):
     assert ("qzeros" in weights) == (not method.sym)
     x = torch.randn(3, inputs, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(method.apply(weights, x, torch.ones(out)), x @ expected.T + 1, atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("sym, v2", [(True, False), (False, False), (False, True)], ids=["sym", "v1", "v2"])
+@pytest.mark.parametrize("act_order", [False, True], ids=["in order", "act-order"])
+def test_the_matrix_that_kernels_read(bits, sym, v2, act_order):
+    method = GPTQMethod(bits=bits, group=32, sym=sym, v2=v2, act_order=act_order, optional=frozenset({"g_idx"}))
+    stored, _ = made_up(method, 96, 64, bits)
+    matrix = method.matrix(method.after_load(stored, shape_of(96, 64)))
+    assert torch.equal(matrix.codes(0, 64), unpack(stored["qweight"], bits).T)
+    assert torch.equal(matrix.codes(9, 42), matrix.codes(0, 64)[9:42])
+    assert torch.equal(matrix.scales, stored["scales"].T)
+    if sym:
+        assert matrix.zeros is None and matrix.zero == 1 << (bits - 1)
+    else:
+        zeros = unpack(stored["qzeros"].T, bits)
+        assert torch.equal(matrix.zeros.int(), (zeros.int() + (0 if v2 else 1)) % (1 << bits))
+    assert torch.equal(matrix.groups, stored["g_idx"][0]) if act_order else matrix.groups is None
+    assert (matrix.rows, matrix.columns, matrix.scheme.act_order) == (64, 96, act_order)
 
 
 @pytest.mark.parametrize("act_order", [False, True])

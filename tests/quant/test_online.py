@@ -69,7 +69,8 @@ def test_a_weight_that_is_no_number_is_refused(wrong):
         linear.after_load()
 
 
-QUICK = dict(device="cpu", dtype="float32", skip_tokenizer_init=True, use_tqdm_on_load=False, num_gpu_blocks_override=20)
+QUICK = dict(device="cpu", dtype="float32", skip_tokenizer_init=True, use_tqdm_on_load=False,
+             num_gpu_blocks_override=20)
 FP8_CHANNEL = {
     "quant_method": "compressed-tensors", "format": "float-quantized", "ignore": ["lm_head"],
     "config_groups": {"group_0": {

@@ -1,0 +1,5 @@
+"""Routing tokens to experts."""
+
+from .reference import Routing, route
+
+__all__ = ["Routing", "route"]

@@ -1,0 +1,91 @@
+"""Multi-head latent attention (arXiv 2405.04434): one small row per token is cached, keys and values are made of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..csrc.norm_rope import rotary
+from ..quant import Linear
+from .attention import AttentionLayer
+from .base import Batch
+from .layers import RMSNorm
+from .rope import RopeConfig, yarn_mscale
+
+
+class MLAAttention(AttentionLayer):
+    """Latent attention of one layer over the paged cache, with the matrix that makes keys and values of a latent.
+
+    Attributes that a backend reads besides AttentionLayer's: `qk_nope_head_dim` N, `qk_rope_head_dim` R,
+    `kv_lora_rank` C, `v_head_dim` V, and from after_load on `w_kv` [H, N + V, C] with its parts `w_uk` [H, N, C] and
+    `w_uv` [H, V, C], in the model's dtype. Cached is one row of C + R values per token.
+
+    Args:
+        kv_b: C -> H (N + V), each head's N before its V.
+        interleaved: rotated values are stored as neighbouring pairs, not as halves.
+    """
+
+    kv_lora_rank: int
+
+    def __init__(self, index: int, kv_b: Linear, *, num_heads: int, qk_nope_head_dim: int, qk_rope_head_dim: int,
+                 kv_lora_rank: int, v_head_dim: int, scale: float, interleaved: bool = True,
+                 prefix: str | None = None) -> None:
+        super().__init__(index, num_heads=num_heads, head_dim=qk_nope_head_dim + qk_rope_head_dim,
+                         kv_shape=(1, 1, kv_lora_rank + qk_rope_head_dim), scale=scale, prefix=prefix)
+        self.kv_b, self.interleaved = kv_b, interleaved
+        self.qk_nope_head_dim, self.qk_rope_head_dim = qk_nope_head_dim, qk_rope_head_dim
+        self.kv_lora_rank, self.v_head_dim = kv_lora_rank, v_head_dim
+        self.w_kv = self.w_uk = self.w_uv = torch.empty(0)
+
+    def after_load(self) -> bool:
+        self.w_kv = self.kv_b.dense.view(self.num_heads, -1, self.kv_lora_rank)
+        self.w_uk, self.w_uv = self.w_kv.split((self.qk_nope_head_dim, self.v_head_dim), dim=1)
+        return super().after_load()
+
+    def forward(self, q: Tensor, latent: Tensor, k_pe: Tensor, rope: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
+        """q [T, H (N + R)], latent [T, C] after its norm, k_pe [T, R] not yet rotated -> [T, H V].
+
+        A format that rounds the input of kv_b rounds the latent once, before it is cached: what kv_b would see of it,
+        whichever way attention is then computed.
+        """
+        q_nope, q_pe = q.unflatten(-1, (-1, self.head_dim)).split((self.qk_nope_head_dim, self.qk_rope_head_dim), -1)
+        pe = torch.cat((q_pe, k_pe[:, None]), dim=1)
+        if self.interleaved:
+            pe = pe.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+        q_pe, k_pe = rotary(pe, *rope).split((self.num_heads, 1), dim=1)
+        rows = torch.cat((self.kv_b.round_input(latent), k_pe[:, 0]), dim=-1)
+        return batch.attn.run_latent(self, q_nope, q_pe, rows).flatten(-2)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_heads} heads of {self.head_dim} over rows of {self.kv_shape[2]}"
+
+
+class LatentSelfAttention(nn.Module):
+    """Query projection, down-projection to latent and key, attention, output projection.
+
+    Args:
+        q: hidden -> queries; or, after `joint`, latent queries -> queries.
+        kv_a: hidden -> (latent, k_pe), or with `q_norm` (latent query, latent, k_pe) in one product.
+        q_norm: of the latent query, where the checkpoint has one.
+    """
+
+    def __init__(self, *, q: nn.Module, q_norm: RMSNorm | None, kv_a: nn.Module, kv_norm: RMSNorm, attn: MLAAttention,
+                 out: nn.Module) -> None:
+        super().__init__()
+        self.q, self.q_norm, self.kv_a, self.kv_norm, self.attn, self.out = q, q_norm, kv_a, kv_norm, attn, out
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
+        tail = (self.attn.kv_lora_rank, self.attn.qk_rope_head_dim)
+        if self.q_norm is None:
+            q, (latent, k_pe) = self.q(x), self.kv_a(x).split(tail, dim=-1)
+        else:
+            down = self.kv_a(x)
+            q, latent, k_pe = down.split((down.shape[-1] - sum(tail), *tail), dim=-1)
+            q = self.q(self.q_norm(q)[0])
+        return self.out(self.attn(q, self.kv_norm(latent)[0], k_pe, rope, batch))
+
+
+def softmax_scale(rope: RopeConfig, head_dim: int) -> float:
+    """head_dim^-0.5, times the square of YaRN's temperature where `mscale_all_dim` asks for it."""
+    over_all = rope.params.get("mscale_all_dim")
+    return head_dim**-0.5 * (yarn_mscale(rope.params["factor"], over_all) ** 2 if over_all else 1.0)

@@ -1,0 +1,93 @@
+"""Experts: a layer's experts, loaded one by one, run by kinds of equal scheme, each kind by the backend that suits it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..plugins.errors import NybbleError, PluginError, UsageError
+from ..quant import Slot
+from .backend import Backends, Expert, MoEBackend, MoEProblem
+
+
+class Experts(nn.Module):
+    """y = sum over a token's experts of weight * down(silu(gate(x)) * up(x)), added in float32.
+
+    Args:
+        name: its place in the checkpoint, for messages.
+        experts: in order; their linear layers are this module's own.
+        count: whether to count the tokens of every expert.
+        stacks: slots that fill all experts at once, where they have no tensors of their own.
+    """
+
+    def __init__(self, name: str, experts: Sequence[Expert], *, hidden: int, intermediate: int, top_k: int,
+                 dtype: torch.dtype, device: torch.device, backends: Backends, count: bool = False,
+                 stacks: Sequence[Slot] = ()) -> None:
+        super().__init__()
+        self.name, self.experts, self.backends, self.stacks = name, list(experts), backends, stacks
+        self.layers = nn.ModuleList(linear for expert in experts for linear in expert.linears())
+        self.sizes = {"top_k": top_k, "hidden": hidden, "intermediate": intermediate}
+        self.dtype, self.device = dtype, device
+        self.runs: list[tuple[MoEBackend, Tensor | None]] = []
+        self.counts = torch.zeros(len(self.experts), dtype=torch.int64, device=device) if count else None
+
+    def slots(self) -> Iterator[Slot]:
+        return iter(self.stacks)
+
+    def after_load(self) -> None:
+        """Check every expert, sort them by kind, and give each kind to its backend."""
+        kinds: dict[object, list[int]] = {}
+        evens: list[bool] = []
+        for number, expert in enumerate(self.experts):
+            for linear in expert.linears():
+                linear.check()
+            evens.append(all(matrix.even for matrix in expert.matrices()))
+            kinds.setdefault((expert.schemes, evens[-1]), []).append(number)
+        for numbers in kinds.values():
+            first = self.experts[numbers[0]]
+            problem = MoEProblem(schemes=first.schemes, even=evens[numbers[0]], experts=len(numbers), dtype=self.dtype,
+                                 device=self.device, **self.sizes)
+            backend = self._make(problem, [self.experts[number] for number in numbers])
+            self.runs.append((backend, None if len(kinds) == 1 else self._local(numbers)))
+
+    def _make(self, problem: MoEProblem, experts: list[Expert]) -> MoEBackend:
+        choice = self.backends.choose(problem)
+        if choice.chosen is None:
+            schemes = ", ".join(str(scheme) for scheme in problem.schemes)
+            raise UsageError(f"{self.name}: no MoE backend can run these experts ({schemes})" if self.backends.pin is None
+                             else f"{self.name}: the pinned MoE backend {self.backends.pin} cannot run these experts",
+                             found="; ".join(f"{name}: {why}" for name, why in choice.refusals.items()),
+                             fix="leave --moe-backend out, or pin another")
+        for expert in experts:
+            for linear in expert.linears():
+                linear.owner, linear.refusals = choice.chosen.name, choice.refusals
+        try:
+            return choice.chosen(experts, problem)
+        except NybbleError:
+            raise
+        except Exception as exc:
+            raise PluginError(f"{self.name}: MoE backend {choice.chosen.name} said it could run these experts, then failed",
+                              found=f"{type(exc).__name__}: {exc}", fix="pin another: --moe-backend reference") from exc
+
+    def _local(self, numbers: list[int]) -> Tensor:
+        """[E + 1]: an expert's number among `numbers`, -1 for all others; entry -1 stays -1."""
+        local = torch.full((len(self.experts) + 1,), -1, dtype=torch.int64, device=self.device)
+        local[torch.tensor(numbers, device=self.device)] = torch.arange(len(numbers), device=self.device)
+        return local
+
+    def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        """x [T, hidden], weights [T, top_k] float32, experts [T, top_k] int64 -> [T, hidden] in x's dtype."""
+        if self.counts is not None:
+            chosen = experts.flatten()
+            self.counts.scatter_add_(0, chosen.clamp(min=0), (chosen >= 0).long())
+        total: Tensor | None = None
+        for backend, local in self.runs:
+            part = backend(x, weights, experts if local is None else local[experts])
+            total = part if total is None else total + part
+        assert total is not None, "after_load comes first"
+        return total.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{len(self.experts)} experts", *(f"{k} {v}" for k, v in self.sizes.items()))

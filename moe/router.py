@@ -1,0 +1,36 @@
+"""Router: a layer's choice of experts for every token; its matrix is never quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..csrc.moe_route import Routing, route
+from ..quant import Slot
+
+
+class Router(nn.Module):
+    """x [T, hidden] -> weights [T, top_k] float32, experts [T, top_k] int64. Logits are computed in float32.
+
+    Args:
+        name: of the matrix in the checkpoint ("model.layers.0.mlp.gate").
+        bias: name beside `weight` of the bias that only decides the choice, if there is one.
+    """
+
+    def __init__(self, name: str, hidden: int, experts: int, routing: Routing, *, bias: str | None = None,
+                 dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.name, self.routing, self.bias_name = name, routing, bias
+        self.weight = torch.empty(experts, hidden, dtype=dtype, device=device)
+        self.bias = None if bias is None else torch.empty(experts, dtype=torch.float32, device=device)
+
+    def slots(self) -> Iterator[Slot]:
+        yield Slot(name=f"{self.name}.weight", target=self.weight)
+        if self.bias is not None:
+            yield Slot(name=f"{self.name}.{self.bias_name}", target=self.bias)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits = nn.functional.linear(x.float(), self.weight.float())
+        return route(logits, self.routing, self.bias)

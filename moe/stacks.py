@@ -1,0 +1,46 @@
+"""Experts stored as 3-D stacks, [E, 2 I, H] and [E, H, I], as transformers 5 keeps them: each slice to its expert."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..quant import FLOAT_SOURCES, Found, Linear, Slot
+from .backend import Expert
+
+GATE_UP, DOWN = "gate_up_proj", "down_proj"
+
+
+def is_stacked(found: Found | None) -> bool:
+    """Whether the module "experts" stores stacks itself."""
+    return found is not None and any(len(found[name].shape) == 3 for name in (GATE_UP, DOWN) if name in found)
+
+
+def stacked_slots(prefix: str, experts: Sequence[Expert], hidden: int, intermediate: int) -> Iterator[Slot]:
+    """The slots `prefix`.gate_up_proj and `prefix`.down_proj, that fill the linear layers of `experts`."""
+    for expert in experts:
+        for linear in expert.linears():
+            linear.stored = False
+    for name, size, part in ((GATE_UP, (2 * intermediate, hidden), slice(0, -1)), (DOWN, (hidden, intermediate), -1)):
+        device = experts[0].down.weights["weight"].device
+        target = torch.empty((), device=device).expand(len(experts), *size)  # a shape; its memory is the experts'
+        yield Slot(name=f"{prefix}.{name}", target=target, sources=FLOAT_SOURCES, fill=_Filler(experts, part))
+
+
+class _Filler:
+    """Puts matrices of a stack into the linear layers `part` of their experts, part by part."""
+
+    def __init__(self, experts: Sequence[Expert], part: slice | int) -> None:
+        self.experts, self.part = experts, part
+
+    def __call__(self, first: int, matrices: Tensor) -> None:
+        for expert, matrix in zip(self.experts[first:], matrices):
+            chosen = expert.linears()[self.part]
+            layers: list[Linear] = chosen if isinstance(chosen, list) else [chosen]
+            row = 0
+            for slot in (slot for linear in layers for slot in linear.own_slots()):
+                rows = slot.target.shape[0]
+                slot.put(0, matrix[row : row + rows])
+                row += rows
