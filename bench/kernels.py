@@ -17,7 +17,7 @@ from ..csrc.quantize import dequantize, quantize
 from ..csrc.scheme import Activation, Scheme
 from ..csrc.select import LinearKernel, Problem
 from ..engine.args import setting
-from ..engine.loader import linear_kernels
+from ..engine.loader.kernels import linear_kernels
 from ..plugins.errors import UsageError, did_you_mean
 from ..plugins.manager import PluginHost
 from .command import make_parser, publish, read_settings
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError("there is no CUDA device here", fix="--device cpu")
     known = linear_kernels(PluginHost.load(), None).known
-    schemes, kernels = _picked(args.schemes, SCHEMES, "scheme"), _picked(args.kernels, known, "kernel")
+    schemes, kernels = picked(args.schemes, SCHEMES, "scheme"), picked(args.kernels, known, "kernel")
     floors = measure_floors(device)
     print(f"floors: {floors.bandwidth / 1e9:.0f} GB/s, "
           + ", ".join(f"{kind} {rate / 1e12:.1f} T/s" for kind, rate in floors.operations.items()))
@@ -95,7 +95,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _picked(asked: str, known: Mapping[str, T], what: str) -> dict[str, T]:
+def picked(asked: str, known: Mapping[str, T], what: str) -> dict[str, T]:
     """The entries named by a comma-separated list; "all" is all. Raises UsageError."""
     names = list(known) if asked == "all" else [name.strip() for name in asked.split(",")]
     for name in names:
@@ -167,9 +167,9 @@ def _row(layer: str, label: str, name: str, x: Tensor, outputs: int, stored: int
                                                                better="higher")}
 
 
-def random_matrix(scheme: Scheme, rows: int, columns: int, device: torch.device) -> QuantizedMatrix:
+def random_matrix(scheme: Scheme, rows: int, columns: int, device: torch.device, seed: int = 0) -> QuantizedMatrix:
     """Codes, scales and zeros of the sizes that models have."""
-    rng = torch.Generator(device).manual_seed(rows + columns)
+    rng = torch.Generator(device).manual_seed(seed)
     if scheme.code == "uint":
         codes = torch.randint(1 << scheme.bits, (rows, columns), generator=rng, dtype=torch.uint8, device=device)
     elif scheme.code == "int8":
@@ -177,7 +177,8 @@ def random_matrix(scheme: Scheme, rows: int, columns: int, device: torch.device)
     else:
         codes = (torch.randn(rows, columns, generator=rng, device=device) * 64).to(torch.float8_e4m3fn)
     groups, strips = -(-columns // (scheme.group or columns)), -(-rows // scheme.group_rows)
-    scales = (torch.rand(strips, groups, generator=rng, device=device) + 0.5) * 0.1 / (1 << scheme.bits)
+    spread = 64 if scheme.code == "fp8_e4m3" else (1 << scheme.bits) * 0.29  # of the codes, as a standard deviation
+    scales = (torch.rand(strips, groups, generator=rng, device=device) + 0.5) / (spread * columns**0.5)
     zeros = torch.randint(1 << scheme.bits, (rows, groups), generator=rng, dtype=torch.uint8, device=device)
     static = scheme.activation is not None and scheme.activation.static
     shuffle = torch.randperm(columns, generator=rng, device=device)

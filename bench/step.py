@@ -174,7 +174,7 @@ def build(args: StepArgs) -> tuple[Scheduler, GPUModelRunner, Marks]:
     marks, max_len = Marks(), args.prompt_len + _max_tokens(args)
     max_tokens = args.num_seqs * args.prompt_len
     layer = Attention(0, num_heads=1, num_kv_heads=1, head_dim=1)
-    spec = KVCacheSpec(num_kv_heads=1, head_size=1, dtype_bytes=4)
+    spec = KVCacheSpec(shape=(2, 1, 1), dtype_bytes=4)
     layout = KVCacheLayout(
         num_blocks=1 + args.num_seqs * -(-max_len // BLOCK_SIZE),
         block_size=BLOCK_SIZE,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -54,6 +54,20 @@ class QuantizedMatrix:
             return True
         there = torch.arange(self.columns, device=self.groups.device) // (self.scheme.group or self.columns)
         return torch.equal(self.groups[self.order].long(), there)
+
+    def part(self, start: int, stop: int) -> QuantizedMatrix:
+        """The matrix of rows [start, stop) alone; shares all memory with this one."""
+        codes, scale_rows = self.codes, self.scale_rows
+        scales, zeros = self.scales, self.zeros
+        if scale_rows is not None:
+            scale_rows = scale_rows[start:stop]
+            first, last = int(scale_rows[0]), int(scale_rows[-1])
+            scale_rows = scale_rows - first
+        else:
+            first, last = (start, stop - 1) if len(scales) != 1 else (0, 0)
+        scales, zeros = scales[first : last + 1], None if zeros is None else zeros[first : last + 1]
+        return replace(self, rows=stop - start, codes=lambda low, high: codes(start + low, start + high), scales=scales,
+                       zeros=zeros, scale_rows=scale_rows)
 
     def dequant(self, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of W, float32 [stop - start, K]: the reference."""

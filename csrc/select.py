@@ -10,7 +10,7 @@ from typing import ClassVar, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ..plugins.errors import UsageError, nearest
+from ..plugins.errors import PluginError, UsageError, nearest
 from .matrix import QuantizedMatrix
 from .scheme import Scheme
 
@@ -46,7 +46,7 @@ def choose(problems: Collection[P], candidates: Mapping[str, type[C]], pin: str 
     refusals: dict[str, str] = {}
     able: dict[str, type[C]] = {}
     for name, candidate in candidates.items():
-        reason = next(filter(None, (candidate.supports(problem) for problem in problems)), None)
+        reason = next(filter(None, (_refusal(name, candidate, problem) for problem in problems)), None)
         if reason is not None:
             refusals[name] = reason
         elif pin in (None, name):
@@ -59,6 +59,14 @@ def choose(problems: Collection[P], candidates: Mapping[str, type[C]], pin: str 
     refusals.update({name: f"{best} goes first (priority {able[best].priority} over {c.priority})"
                      for name, c in able.items() if name != best})
     return Choice(chosen=able[best], refusals=refusals)
+
+
+def _refusal(name: str, candidate: type[C], problem: object) -> str | None:
+    try:
+        return candidate.supports(problem)
+    except Exception as exc:
+        raise PluginError(f"{name} failed when asked whether it can run {problem}",
+                          found=f"{type(exc).__name__}: {exc}", fix="mend its `supports`") from exc
 
 
 def check_pin(pin: str | None, known: Collection[str], what: str) -> None:

@@ -88,7 +88,9 @@ class EngineArgs:
     device: str = setting("auto", "cpu, cuda or cuda:N; auto takes CUDA when there is one", group="device")
     attention_backend: str | None = setting(None, "pin an attention backend", group="device")
     linear_backend: str | None = setting(
-        None, "pin the kernel of every quantized linear layer; reference is the method's own arithmetic", group="device"
+        None,
+        "pin the kernel of every quantized linear layer that is no expert's; reference is the method's own arithmetic",
+        group="device",
     )
     moe_backend: str | None = setting(
         None, "pin what runs the experts of every layer, whatever their format", group="device"

@@ -22,6 +22,8 @@ from .core.messages import (
     MAX_MESSAGE_BYTES,
     Abort,
     Add,
+    AskExperts,
+    ExpertReply,
     Failed,
     FromCore,
     Outputs,
@@ -33,6 +35,7 @@ from .core.messages import (
     ToCore,
 )
 from .demo import resolve_demo
+from .expert_stats import ExpertCounts, check_counting, check_experts
 from .layer_report import LayerReport
 from .llm_engine import load_tokenizer, raise_refusal, servable_config
 from .metrics import StepStats
@@ -89,7 +92,7 @@ class AsyncLLM:
         self._handle: EngineProcessHandle | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._collectors: dict[str, Collector] = {}
-        self._calls: dict[int, asyncio.Future[bool]] = {}
+        self._calls: dict[int, asyncio.Future[Any]] = {}
         self._call_ids = itertools.count()
         self._listeners: list[Callable[[StepStats], None]] = []
         self._stats: StepStats | None = None
@@ -222,7 +225,7 @@ class AsyncLLM:
                     log.exception("a stats listener failed and is dropped")
                     self._listeners.remove(listener)
                     break
-        elif isinstance(message, Reply):
+        elif isinstance(message, Reply | ExpertReply):
             call = self._calls.pop(message.call_id, None)
             if call is not None and not call.done():
                 call.set_result(message.value)
@@ -289,11 +292,19 @@ class AsyncLLM:
         self._listeners.append(listener)
 
     async def reset_prefix_cache(self) -> bool:
+        return await self._call(ResetPrefixCache(next(self._call_ids)))
+
+    async def expert_counts(self, reset: bool = False) -> list[ExpertCounts]:
+        """As LLMEngine's; answered between two steps."""
+        check_counting(self.config.device.expert_stats)
+        return check_experts(await self._call(AskExperts(next(self._call_ids), reset)))
+
+    async def _call(self, question: ResetPrefixCache | AskExperts) -> Any:
+        """The value of the engine's reply. Raises EngineDeadError."""
         if self.dead_error is not None:
             raise self.dead_error
-        call_id = next(self._call_ids)
-        call = self._calls[call_id] = asyncio.get_running_loop().create_future()
-        self._send(ResetPrefixCache(call_id))
+        call = self._calls[question.call_id] = asyncio.get_running_loop().create_future()
+        self._send(question)
         return await call
 
     async def shutdown(self, timeout: float = 5.0) -> None:

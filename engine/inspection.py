@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..models import CausalLM, Fields, Make
+from ..moe import MoEBlock
 from ..plugins.errors import CheckpointError
 from ..plugins.manager import PluginHost
 from ..quant import Linear
@@ -107,11 +108,14 @@ def linear_layers(model: CausalLM) -> list[Layer]:
 
 
 def bytes_by_role(model: CausalLM) -> dict[str, int]:
-    """Bytes the model keeps, by the part of the model they serve: embed, attn, mlp, norms, head."""
+    """Bytes the model keeps, by the part of the model they serve: embed, attn, mlp, norms, head, and in layers of
+    experts router, experts, shared."""
     roles: dict[int, tuple[str, int]] = {}
+    blocks = {path for path, module in model.named_modules() if isinstance(module, MoEBlock)}
     for path, module in model.named_modules():
         names = path.split(".")
-        role = names[2] if names[0] == "layers" and len(names) > 2 else names[0]
+        depth = (3 if ".".join(names[:3]) in blocks else 2) if names[0] == "layers" else 0
+        role = names[min(depth, len(names) - 1)]
         for tensor in own_tensors(module):  # a tied head is the embedding's tensor, and counts there
             roles.setdefault(id(tensor), ("norm" if role.endswith("norm") else role, tensor.nbytes))
     total: Counter[str] = Counter()
@@ -123,8 +127,8 @@ def bytes_by_role(model: CausalLM) -> dict[str, int]:
 def own_tensors(module: nn.Module) -> list[torch.Tensor]:
     if isinstance(module, Linear):
         return [*module.weights.values(), *([] if module.bias is None else [module.bias])]
-    weight = getattr(module, "weight", None)
-    return [weight] if isinstance(weight, torch.Tensor) else []
+    own = (getattr(module, name, None) for name in ("weight", "bias"))
+    return [tensor for tensor in own if isinstance(tensor, torch.Tensor)]
 
 
 @dataclass(frozen=True, kw_only=True)

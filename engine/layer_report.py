@@ -52,14 +52,13 @@ def as_table(layers: Sequence[LayerReport]) -> str:
     told: dict[tuple[str, ...], list[str]] = {}
     for group in kinds:
         if group[0].refusals:
-            _, scheme, kernel, _ = _kind(group[0])
             reasons = (f"  {name}: {why}" for name, why in group[0].refusals.items())
-            told.setdefault((f"{kernel} runs {scheme}", *reasons), []).append(_kind(group[0])[0])
+            told.setdefault((f"{group[0].kernel} runs {group[0].scheme}", *reasons), []).append(_kind(group[0])[0])
     for (what, *because), names in told.items():
         lines += ["", f"why {what} ({', '.join(names)}):", *because]
     return "\n".join(lines)
 
 
-def _kind(layer: LayerReport) -> tuple[str, str, str, tuple[str, ...]]:
+def _kind(layer: LayerReport) -> tuple[str, str, str, tuple[int, int], tuple[tuple[str, str], ...]]:
     name = ".".join("*" if part.isdigit() else part for part in layer.layer.split("."))
-    return name, layer.scheme, layer.kernel, tuple(layer.refusals.values())
+    return name, layer.scheme, layer.kernel, layer.shape, tuple(layer.refusals.items())

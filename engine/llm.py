@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from ..plugins.errors import RequestError, UsageError, nearest
 from .args import EngineArgs
+from .expert_stats import ExpertCounts
 from .llm_engine import LLMEngine, raise_refusal
 from .request import RequestOutput, RequestOutputKind, SamplingParams
 from .text.input_processor import PromptType
@@ -124,6 +125,10 @@ class LLM:
 
     def reset_prefix_cache(self) -> bool:
         return self.llm_engine.reset_prefix_cache()
+
+    def expert_counts(self, reset: bool = False) -> list[ExpertCounts]:
+        """As LLMEngine's; needs `expert_stats=True`."""
+        return self.llm_engine.expert_counts(reset)
 
     def shutdown(self) -> None:
         self.llm_engine.shutdown()

@@ -12,6 +12,7 @@ from .args import EngineArgs
 from .config import EngineConfig
 from .core.client import EngineCoreClient, InprocClient, ProcClient
 from .demo import resolve_demo
+from .expert_stats import ExpertCounts, check_counting, check_experts
 from .layer_report import LayerReport, render
 from .metrics import StepStats
 from .plan import KVCacheLayout
@@ -105,6 +106,14 @@ class LLMEngine:
 
     def reset_prefix_cache(self) -> bool:
         return self.client.reset_prefix_cache()
+
+    def expert_counts(self, reset: bool = False) -> list[ExpertCounts]:
+        """The tokens of every expert, by layer, since the engine was ready or the last reset.
+
+        Raises UsageError without --expert-stats and for a model without experts.
+        """
+        check_counting(self.config.device.expert_stats)
+        return check_experts(self.client.expert_counts(reset))
 
     @property
     def stats(self) -> StepStats:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 
 from .request import SamplingParams, TokenLogprobLists
@@ -64,15 +66,16 @@ class Result(msgspec.Struct, kw_only=True):
 
 
 class KVCacheSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """What one attention layer keeps per token: K and V of `num_kv_heads` x `head_size` values of `dtype_bytes`."""
+    """What one attention layer keeps per token: `shape` = (planes, heads, width) values of `dtype_bytes` each.
 
-    num_kv_heads: int
-    head_size: int
+    K and V of every KV head are two planes; a latent that both are made of is one plane of one head.
+    """
+
+    shape: tuple[int, int, int]
     dtype_bytes: int
-    sliding_window: int | None = None
 
     def bytes_per_block(self, block_size: int) -> int:
-        return 2 * self.num_kv_heads * self.head_size * self.dtype_bytes * block_size
+        return math.prod(self.shape) * self.dtype_bytes * block_size
 
 
 class KVCacheGroup(msgspec.Struct, frozen=True, kw_only=True):

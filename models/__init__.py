@@ -1,8 +1,9 @@
 """Model architectures; one architecture is one file that names shapes and nothing else."""
 
 from .attention import Attention
-from .base import AttentionRun, Batch, CausalLM
+from .base import AttentionLayer, AttentionRun, Batch, CausalLM
 from .fields import Fields
 from .make import Make
+from .mla import MLAAttention
 
-__all__ = ["Attention", "AttentionRun", "Batch", "CausalLM", "Fields", "Make"]
+__all__ = ["Attention", "AttentionLayer", "AttentionRun", "Batch", "CausalLM", "Fields", "MLAAttention", "Make"]

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from ..moe import Experts
 from ..plugins.log import get_logger
-from ..quant import Linear, Slot
+from ..quant import KVScales, Linear, Slot
 
 if TYPE_CHECKING:
     from .attention import Attention
+    from .mla import MLAAttention
 
 log = get_logger(__name__)
 
@@ -25,6 +26,10 @@ class AttentionRun(Protocol):
 
     def run(self, layer: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [T, heads, D], k and v [T, kv_heads, D] -> [T, heads, D]; writes k and v to the layer's cache first."""
+        ...
+
+    def run_latent(self, layer: MLAAttention, q_nope: Tensor, q_pe: Tensor, rows: Tensor) -> Tensor:
+        """q_nope [T, heads, N], q_pe [T, heads, R], rows [T, C + R] -> [T, heads, V]; writes the rows first."""
         ...
 
 
@@ -42,6 +47,50 @@ class HasSlots(Protocol):
     """A module with checkpoint tensors of its own."""
 
     def slots(self) -> Iterator[Slot]: ...
+
+
+class AttentionLayer(nn.Module):
+    """What the cache and a backend know of any attention layer.
+
+    Attributes:
+        index: which layer's cache.
+        num_heads, head_dim: of the queries as they meet the keys; `scale` multiplies their products.
+        kv_shape: (planes, heads, width), the values kept per token: (2, kv_heads, head_dim) for K and V.
+        kv_lora_rank: width of the latent that K and V are made of (multi-head latent attention, `run_latent`), at the
+            front of the one plane; None when K and V themselves are kept (`run`).
+        sliding_window: a query sees that many positions, itself included; None sees all.
+        k_scale, v_scale: for an FP8 cache, 1.0 where the checkpoint stores none (a cached value times its scale is
+            the value).
+
+    Args:
+        prefix: the layer's name in the checkpoint ("model.layers.0.self_attn"), where those scales are looked for.
+    """
+
+    kv_lora_rank: int | None = None
+    sliding_window: int | None = None
+
+    def __init__(self, index: int, *, num_heads: int, head_dim: int, kv_shape: tuple[int, int, int],
+                 scale: float | None, prefix: str | None) -> None:
+        super().__init__()
+        self.index, self.num_heads, self.head_dim, self.kv_shape = index, num_heads, head_dim, kv_shape
+        self.scale = head_dim**-0.5 if scale is None else scale
+        self.k_scale = self.v_scale = 1.0
+        self._stored_scales = None if prefix is None else KVScales(prefix)
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.kv_shape[1]
+
+    def slots(self) -> Iterator[Slot]:
+        if self._stored_scales is not None:
+            yield from self._stored_scales.slots()
+
+    def after_load(self) -> bool:
+        """Take over the cache's scales; whether there are any. Raises CheckpointError for ones that cannot be meant."""
+        scales = None if self._stored_scales is None else self._stored_scales.read()
+        if scales is not None:
+            self.k_scale, self.v_scale = scales
+        return scales is not None
 
 
 class CausalLM(nn.Module):
@@ -73,17 +122,15 @@ class CausalLM(nn.Module):
 
         Raises CheckpointError that names the layer whose values cannot be meant.
         """
+        scaled = [layer for layer in self.attention_layers() if layer.after_load()]
         for module in self.modules():
             if isinstance(module, Experts | Linear):
                 module.after_load()
-        scaled = [layer for layer in self.attention_layers() if layer.after_load()]
         if scaled:
             log.info("%d layer(s) store scales of an FP8 KV cache: kept for one, this release's cache is not quantized",
                      len(scaled))
 
-    def attention_layers(self) -> list[Attention]:
+    def attention_layers(self) -> list[AttentionLayer]:
         """The attention layers by index."""
-        from .attention import Attention
-
-        layers = [m for m in self.modules() if isinstance(m, Attention)]
+        layers = [m for m in self.modules() if isinstance(m, AttentionLayer)]
         return sorted(layers, key=lambda layer: layer.index)

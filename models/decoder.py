@@ -26,7 +26,7 @@ class SelfAttention(nn.Module):
 class DecoderLayer(nn.Module):
     """x + attn(norm(x)), then x + mlp(norm(x)); the sums are carried as `residual` and added by the next norm."""
 
-    def __init__(self, input_norm: RMSNorm, attn: SelfAttention, post_norm: RMSNorm, mlp: nn.Module) -> None:
+    def __init__(self, input_norm: RMSNorm, attn: nn.Module, post_norm: RMSNorm, mlp: nn.Module) -> None:
         super().__init__()
         self.input_norm, self.attn, self.post_norm, self.mlp = input_norm, attn, post_norm, mlp
 

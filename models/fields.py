@@ -66,6 +66,13 @@ class Fields:
     def mapping(self, name: str) -> dict[str, Any]:
         return dict(self._get(name, (dict,), {}))
 
+    def indices(self, name: str, size: int) -> frozenset[int]:
+        """A list of numbers from 0 to size - 1; empty when absent."""
+        found = self._get(name, (list,), [])
+        if any(type(index) is not int or not 0 <= index < size for index in found):
+            raise CheckpointError(f"config.json: {name} must list numbers from 0 to {size - 1}", found=found)
+        return frozenset(found)
+
     def require(self, name: str) -> None:
         """The field must be written out, even as null."""
         if name not in self.raw:

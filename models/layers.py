@@ -12,7 +12,7 @@ from ..quant import FLOAT_SOURCES, Slot
 
 
 class RMSNorm(nn.Module):
-    """x [T, D] -> (normed [T, D], x + residual [T, D])."""
+    """x [..., D] -> (normed [..., D], x + residual [..., D])."""
 
     def __init__(self, name: str, size: int, eps: float, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()

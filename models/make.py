@@ -10,7 +10,7 @@ from torch import nn
 
 from ..csrc.select import Kernels
 from ..moe import Backends, Expert, Experts, Router, Routing
-from ..moe.stacks import is_stacked, stacked_slots
+from ..moe.stacks import is_stacked, stacked_slots, stored_apart
 from ..quant import (
     Found,
     LayerShape,
@@ -18,7 +18,6 @@ from ..quant import (
     LinearMethod,
     Part,
     QuantizationConfig,
-    Slot,
     SplitLinear,
     Unquantized,
 )
@@ -52,8 +51,16 @@ class Make:
     def _full(self, name: str) -> str:
         return f"{self.prefix}.{name}" if self.prefix else name
 
-    def linear(self, name: str, in_features: int, out_features: int, *, bias: bool = False) -> nn.Module:
-        return self.fused([(name, out_features)], in_features, bias=bias)
+    def linear(self, name: str, in_features: int, out_features: int, *, bias: bool = False) -> Linear:
+        part = Part(name=name, size=out_features)
+        return self._linear([part], in_features, self._method(part, in_features), bias)
+
+    def dense(self, name: str, in_features: int, out_features: int) -> Linear:
+        """A matrix that its owner keeps in this run's dtype: rounding it while it is loaded would gain nothing."""
+        part = Part(name=name, size=out_features)
+        method, shape = self._method(part, in_features), LayerShape(in_features=in_features, parts=(part,))
+        rounds = any(spec.fill is not None for spec in method.specs(shape, self.dtype).values())
+        return self._linear([part], in_features, Unquantized() if rounds else method, bias=False)
 
     def fused(self, parts: Sequence[tuple[str, int]], in_features: int, *, bias: bool = False) -> nn.Module:
         """One matrix made of several checkpoint matrices, given as (name, output size) in order.
@@ -95,17 +102,21 @@ class Make:
         """`count` experts at `name`; `parts` are the names that gate, up and down may have, the usual ones first."""
         here = self.at(name)
         gate, up, down = next((names for names in parts if here.at("0").stores(names[2])), parts[0])
+        if stacked := is_stacked(found := (self.stored or {}).get(here.prefix, {})):
+            shapes = {gate: (intermediate, hidden), up: (intermediate, hidden), down: (hidden, intermediate)}
+            here = replace(here, stored=stored_apart(here.prefix, found, count, shapes))
         experts = [
             Expert(one.fused([(gate, intermediate), (up, intermediate)], hidden),
-                   one._linear([Part(name=down, size=hidden)], intermediate,
-                               one._method(Part(name=down, size=hidden), intermediate), bias=False))
+                   one.linear(down, intermediate, hidden))
             for one in (here.at(str(number)) for number in range(count))
         ]
-        stacks: tuple[Slot, ...] = ()
-        if is_stacked((self.stored or {}).get(here.prefix)):
-            stacks = tuple(stacked_slots(here.prefix, experts, hidden, intermediate))
+        stacks = tuple(stacked_slots(here.prefix, experts, hidden, intermediate)) if stacked else ()
         return Experts(here.prefix, experts, hidden=hidden, intermediate=intermediate, top_k=top_k, dtype=self.dtype,
                        device=self.device, backends=self.backends, count=self.count_experts, stacks=stacks)
+
+    def gate(self, name: str, in_features: int, out_features: int) -> Linear:
+        """A small matrix that weighs what other layers give; like a router's, it is never quantized."""
+        return self._linear([Part(name=name, size=out_features)], in_features, Unquantized(), bias=False)
 
     def norm(self, name: str, size: int, eps: float) -> RMSNorm:
         return RMSNorm(self._full(name), size, eps, dtype=self.dtype, device=self.device)

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from ..csrc.norm_rope import rotary
+from ..csrc.quantize import fake_quantize
+from ..csrc.scheme import Activation
 from ..quant import Linear
-from .attention import AttentionLayer
-from .base import Batch
+from .base import AttentionLayer, Batch
 from .layers import RMSNorm
 from .rope import RopeConfig, yarn_mscale
 
@@ -21,7 +22,7 @@ class MLAAttention(AttentionLayer):
     `w_uv` [H, V, C], in the model's dtype. Cached is one row of C + R values per token.
 
     Args:
-        kv_b: C -> H (N + V), each head's N before its V.
+        kv_b: C -> H (N + V), each head's N before its V. Taken over by `after_load`: it keeps nothing.
         interleaved: rotated values are stored as neighbouring pairs, not as halves.
     """
 
@@ -36,9 +37,17 @@ class MLAAttention(AttentionLayer):
         self.qk_nope_head_dim, self.qk_rope_head_dim = qk_nope_head_dim, qk_rope_head_dim
         self.kv_lora_rank, self.v_head_dim = kv_lora_rank, v_head_dim
         self.w_kv = self.w_uk = self.w_uv = torch.empty(0)
+        self._rounding: tuple[Activation, Tensor | None] | None = None
 
     def after_load(self) -> bool:
-        self.w_kv = self.kv_b.dense.view(self.num_heads, -1, self.kv_lora_rank)
+        self.kv_b.check()
+        method, weights = self.kv_b.method, self.kv_b.weights
+        if (codes := method.matrix(weights)) is not None and codes.scheme.activation is not None:
+            self._rounding = codes.scheme.activation, codes.input_scale
+        matrix = method.dequant(weights).to(self.kv_b.dtype)
+        self.kv_b.owner = "absorbed"
+        self.kv_b.release(matrix.nbytes)
+        self.w_kv = matrix.view(self.num_heads, -1, self.kv_lora_rank)
         self.w_uk, self.w_uv = self.w_kv.split((self.qk_nope_head_dim, self.v_head_dim), dim=1)
         return super().after_load()
 
@@ -53,7 +62,9 @@ class MLAAttention(AttentionLayer):
         if self.interleaved:
             pe = pe.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
         q_pe, k_pe = rotary(pe, *rope).split((self.num_heads, 1), dim=1)
-        rows = torch.cat((self.kv_b.round_input(latent), k_pe[:, 0]), dim=-1)
+        if self._rounding is not None:
+            latent = fake_quantize(latent, *self._rounding)
+        rows = torch.cat((latent, k_pe[:, 0]), dim=-1)
         return batch.attn.run_latent(self, q_nope, q_pe, rows).flatten(-2)
 
     def extra_repr(self) -> str:
@@ -64,7 +75,7 @@ class LatentSelfAttention(nn.Module):
     """Query projection, down-projection to latent and key, attention, output projection.
 
     Args:
-        q: hidden -> queries; or, after `joint`, latent queries -> queries.
+        q: hidden -> queries; with `q_norm`, latent query -> queries.
         kv_a: hidden -> (latent, k_pe), or with `q_norm` (latent query, latent, k_pe) in one product.
         q_norm: of the latent query, where the checkpoint has one.
     """

@@ -1,4 +1,4 @@
-"""Experts: a layer's experts, loaded one by one, run by kinds of equal scheme, each kind by the backend that suits it."""
+"""Experts: a layer's experts, loaded one by one, run by kinds of equal scheme, each by the backend that suits it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,14 @@ class Experts(nn.Module):
         self.sizes = {"top_k": top_k, "hidden": hidden, "intermediate": intermediate}
         self.dtype, self.device = dtype, device
         self.runs: list[tuple[MoEBackend, Tensor | None]] = []
-        self.counts = torch.zeros(len(self.experts), dtype=torch.int64, device=device) if count else None
+        # one more for the expert -1, which is nobody: a single operation then counts, and it never waits for the device
+        self._tally = torch.zeros(len(self.experts) + 1, dtype=torch.int64, device=device) if count else None
+        self._one = torch.ones((), dtype=torch.int64, device=device) if count else None
+
+    @property
+    def counts(self) -> Tensor | None:
+        """[E] int64: the tokens of every expert so far, on the device; None unless they are counted."""
+        return None if self._tally is None else self._tally[:-1]
 
     def slots(self) -> Iterator[Slot]:
         return iter(self.stacks)
@@ -55,20 +62,22 @@ class Experts(nn.Module):
     def _make(self, problem: MoEProblem, experts: list[Expert]) -> MoEBackend:
         choice = self.backends.choose(problem)
         if choice.chosen is None:
-            schemes = ", ".join(str(scheme) for scheme in problem.schemes)
-            raise UsageError(f"{self.name}: no MoE backend can run these experts ({schemes})" if self.backends.pin is None
-                             else f"{self.name}: the pinned MoE backend {self.backends.pin} cannot run these experts",
+            pin, schemes = self.backends.pin, ", ".join(str(scheme) for scheme in problem.schemes)
+            raise UsageError(f"{self.name}: no MoE backend can run these experts ({schemes})" if pin is None
+                             else f"{self.name}: the pinned MoE backend {pin} cannot run these experts",
                              found="; ".join(f"{name}: {why}" for name, why in choice.refusals.items()),
                              fix="leave --moe-backend out, or pin another")
         for expert in experts:
             for linear in expert.linears():
                 linear.owner, linear.refusals = choice.chosen.name, choice.refusals
+                linear.packed = True  # or not, as the backend likes: nobody else shall
         try:
             return choice.chosen(experts, problem)
         except NybbleError:
             raise
         except Exception as exc:
-            raise PluginError(f"{self.name}: MoE backend {choice.chosen.name} said it could run these experts, then failed",
+            name = choice.chosen.name
+            raise PluginError(f"{self.name}: MoE backend {name} said it could run these experts, then failed",
                               found=f"{type(exc).__name__}: {exc}", fix="pin another: --moe-backend reference") from exc
 
     def _local(self, numbers: list[int]) -> Tensor:
@@ -79,9 +88,8 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         """x [T, hidden], weights [T, top_k] float32, experts [T, top_k] int64 -> [T, hidden] in x's dtype."""
-        if self.counts is not None:
-            chosen = experts.flatten()
-            self.counts.scatter_add_(0, chosen.clamp(min=0), (chosen >= 0).long())
+        if self._tally is not None and self._one is not None:
+            self._tally.put_(experts, self._one.expand_as(experts), accumulate=True)
         total: Tensor | None = None
         for backend, local in self.runs:
             part = backend(x, weights, experts if local is None else local[experts])
@@ -90,4 +98,4 @@ class Experts(nn.Module):
         return total.to(x.dtype)
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{len(self.experts)} experts", *(f"{k} {v}" for k, v in self.sizes.items()))
+        return ", ".join([f"{len(self.experts)} experts", *(f"{k} {v}" for k, v in self.sizes.items())])

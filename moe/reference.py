@@ -13,7 +13,7 @@ from .backend import Expert, MoEBackend, MoEProblem
 
 
 class ReferenceBackend(MoEBackend):
-    """Every linear layer keeps the kernel that it would have outside a MoE; experts without tokens are never touched."""
+    """Every linear layer keeps the kernel that it would have anywhere; experts without tokens are never touched."""
 
     name: ClassVar[str] = "reference"
     priority: ClassVar[int] = -10

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..csrc.moe_route import Routing, route
+from ..plugins.errors import CheckpointError
 from ..quant import Slot
 
 
@@ -17,11 +18,18 @@ class Router(nn.Module):
     Args:
         name: of the matrix in the checkpoint ("model.layers.0.mlp.gate").
         bias: name beside `weight` of the bias that only decides the choice, if there is one.
+
+    Raises CheckpointError: there are not as many experts to choose from as `routing` wants of them.
     """
 
     def __init__(self, name: str, hidden: int, experts: int, routing: Routing, *, bias: str | None = None,
                  dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
+        size, rest = divmod(experts, routing.groups)
+        if rest or routing.top_k > size * min(routing.groups, routing.top_groups):
+            raise CheckpointError(f"{name}: a token cannot have {routing.top_k} of {experts} experts",
+                                  found=f"{routing.groups} group(s) of experts, {routing.top_groups} to choose from",
+                                  fix="check the settings of experts in config.json")
         self.name, self.routing, self.bias_name = name, routing, bias
         self.weight = torch.empty(experts, hidden, dtype=dtype, device=device)
         self.bias = None if bias is None else torch.empty(experts, dtype=torch.float32, device=device)

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from ..quant import FLOAT_SOURCES, Found, Linear, Slot
+from ..quant import FLOAT_SOURCES, Found, Linear, Slot, Stored
 from .backend import Expert
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 
 
-def is_stacked(found: Found | None) -> bool:
+def is_stacked(found: Found) -> bool:
     """Whether the module "experts" stores stacks itself."""
-    return found is not None and any(len(found[name].shape) == 3 for name in (GATE_UP, DOWN) if name in found)
+    return any(len(found[name].shape) == 3 for name in (GATE_UP, DOWN) if name in found)
+
+
+def stored_apart(prefix: str, found: Found, count: int, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Found]:
+    """The stacks of `count` experts as if every expert stored matrices of its own, named gate, up and down."""
+    stacks = (found.get(GATE_UP), found.get(GATE_UP), found.get(DOWN))
+    return {
+        f"{prefix}.{number}.{name}": {"weight": Stored(stack.dtype, shape)}
+        for number in range(count) for (name, shape), stack in zip(shapes.items(), stacks) if stack is not None
+    }
 
 
 def stacked_slots(prefix: str, experts: Sequence[Expert], hidden: int, intermediate: int) -> Iterator[Slot]:

@@ -12,10 +12,14 @@ NYBBLE_API = (1, 0)
 @hookimpl
 def nybble_models() -> Table:
     return {
+        "DeepseekV2ForCausalLM": "nybble.models.deepseek_v2:DeepseekV2ForCausalLM",
+        "DeepseekV3ForCausalLM": "nybble.models.deepseek_v2:DeepseekV3ForCausalLM",
         "LlamaForCausalLM": "nybble.models.llama:LlamaForCausalLM",
         "MistralForCausalLM": "nybble.models.llama:LlamaForCausalLM",
         "MixtralForCausalLM": "nybble.models.mixtral:MixtralForCausalLM",
         "Qwen2ForCausalLM": "nybble.models.qwen2:Qwen2ForCausalLM",
+        "Qwen2MoeForCausalLM": "nybble.models.qwen2_moe:Qwen2MoeForCausalLM",
+        "Qwen3MoeForCausalLM": "nybble.models.qwen3_moe:Qwen3MoeForCausalLM",
     }
 
 
@@ -44,7 +48,10 @@ def nybble_kernels() -> Table:
 
 @hookimpl
 def nybble_moe_backends() -> Table:
-    return {"reference": "nybble.moe.reference:ReferenceBackend"}
+    return {
+        "fused": "nybble.moe.fused:FusedBackend",
+        "reference": "nybble.moe.reference:ReferenceBackend",
+    }
 
 
 @hookimpl

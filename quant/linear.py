@@ -22,8 +22,8 @@ class Linear(nn.Module):
         dtype: of activations, bias and unquantized weights.
         kernels: what may run it, asked once every tensor is in place.
 
-    Weights are allocated uninitialised; a loader fills every slot or refuses. An owner, such as a layer of experts, sets
-    `stored` to false where the checkpoint stores the weights under another name, and `owner` to what runs them.
+    Weights are allocated uninitialised; a loader fills every slot or refuses. An owner, such as a layer of experts,
+    sets `stored` to false where the checkpoint stores the weights under another name, and `owner` to what runs them.
     """
 
     def __init__(self, prefix: str, shape: LayerShape, method: LinearMethod, *, dtype: torch.dtype,
@@ -80,7 +80,7 @@ class Linear(nn.Module):
         matrix = self.method.matrix(self.weights)
         if matrix is None:
             reason = f"{type(self.method).__name__} gives kernels no codes"
-            self.refusals = {**self.refusals, **dict.fromkeys(self.kernels.known, reason)}
+            self.refusals = {**self.refusals, **dict.fromkeys(self.kernels.known, reason), **self.kernels.broken}
             chosen = None
         else:
             choice = self.kernels.choose(Problem.of(matrix, self.dtype))
@@ -123,7 +123,8 @@ class Linear(nn.Module):
     @property
     def nbytes(self) -> int:
         """Bytes of every tensor the layer keeps."""
-        return self._released + sum(t.nbytes for t in (*self.weights.values(), *([] if self.bias is None else [self.bias])))
+        bias = 0 if self.bias is None else self.bias.nbytes
+        return self._released + bias + sum(tensor.nbytes for tensor in self.weights.values())
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kernel is not None:

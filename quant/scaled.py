@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..csrc.matrix import QuantizedMatrix
 from ..csrc.scheme import Activation, Scheme
+from ..plugins.errors import CheckpointError
 from .base import FLOAT_SOURCES, CodedMethod, Found, LayerShape, Weights, WeightSpec
 from .evidence import check_scale, contradiction
 
@@ -78,6 +79,7 @@ class ScaledMethod(CodedMethod):
 
     def after_load(self, weights: Weights, shape: LayerShape) -> Weights:
         scale = _values(weights[self.scale.name], self.scale, shape)
+        _check_codes(weights["weight"], shape)
         device = scale.device
         loaded = {"weight": weights["weight"]}
         sizes = torch.tensor([part.size for part in shape.parts], device=device)
@@ -126,6 +128,16 @@ def _values(stored: Tensor, scale: StoredScale, shape: LayerShape) -> Tensor:
     values = (stored.view(torch.float8_e8m0fnu) if scale.exponents else stored).float()
     check_scale(values, scale.name, shape)
     return values
+
+
+def _check_codes(codes: Tensor, shape: LayerShape) -> None:
+    """Refuse a matrix with a NaN among its FP8 codes: not every kernel would show it."""
+    if codes.dtype != torch.float8_e4m3fn or codes.numel() == 0:
+        return
+    if int(codes.view(torch.int8).max()) == 0x7F or int(codes.view(torch.uint8).max()) == 0xFF:
+        raise CheckpointError(f"{'+'.join(part.name for part in shape.parts)}: weight holds NaN",
+                              found=f"{int(codes.isnan().sum())} of {codes.numel()} values",
+                              fix="the file is damaged, or its writer failed: fetch or quantize the model again")
 
 
 def _block_rows(sizes: list[int], block: int) -> Tensor:

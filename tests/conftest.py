@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def log_left_alone():
+    """Entry points configure the package's logger; the next test finds it as it was."""
+    logger = logging.getLogger("nybble")
+    before = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.propagate = before[0], before[2]
+    logger.setLevel(before[1])
 
 
 @pytest.fixture(scope="session")
@@ -66,12 +78,15 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory):
         model = getattr(transformers, f"{arch}ForCausalLM")(config).float().eval()
         with torch.no_grad():
             for name, weight in model.named_parameters():
-                if weight.dim() == 2:
+                if weight.dim() >= 2:
                     weight.normal_(0, (4.0 if "lm_head" in name else 1.0) / weight.shape[-1] ** 0.5)
                 elif name.endswith("bias"):
                     weight.normal_(0, 0.5)
                 else:
                     weight.uniform_(0.5, 1.5)
+            for name, buffer in model.named_buffers():
+                if name.endswith("e_score_correction_bias"):
+                    buffer.normal_(0, 0.2)
         folder = tmp_path_factory.mktemp(arch.lower())
         model.save_pretrained(folder, **({"max_shard_size": shard} if shard else {}))
         _write_tokenizer(folder)
@@ -86,6 +101,26 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory):
 def llama(make_checkpoint) -> Path:
     """The tiny random Llama most engine tests run."""
     return make_checkpoint("Llama")
+
+
+@pytest.fixture(scope="session")
+def stacked(tmp_path_factory: pytest.TempPathFactory):
+    """stacked(folder) -> a copy whose experts are stacks, [E, 2 I, H] and [E, H, I], as transformers 5 holds them.
+
+    Under other names, that is; `save_pretrained` takes them apart again.
+    """
+    import torch
+    import transformers
+    from safetensors.torch import save_file
+
+    def make(folder: Path) -> Path:
+        copy = tmp_path_factory.mktemp("stacked")
+        shutil.copytree(folder, copy, dirs_exist_ok=True)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        save_file(model.state_dict(), copy / "model.safetensors")
+        return copy
+
+    return make
 
 
 @pytest.fixture(scope="session")
@@ -114,7 +149,7 @@ def transformers_greedy():
 
 @pytest.fixture(scope="session")
 def forward_logits():
-    """forward_logits(folder, ids, cuts) -> float32 logits [T, vocab], computing ids in chunks that end at `cuts`.
+    """forward_logits(folder, ids, cuts, device, **settings) -> float32 logits [T, vocab], in chunks ending at `cuts`.
 
     A model of nybble alone: loaded strictly, its cache paged and poisoned.
     """
@@ -131,26 +166,29 @@ def forward_logits():
 
     host, block = PluginHost.load(allow=""), 4
 
-    def run(folder: Path, ids: Any, cuts: tuple[int, ...] = ()) -> Any:
-        args = EngineArgs(model=str(folder), device="cpu", dtype="float32", skip_tokenizer_init=True,
-                          use_tqdm_on_load=False)
-        model = get_model(args.create_engine_config(host), host, torch.device("cpu")).model
+    def run(folder: Path, ids: Any, cuts: tuple[int, ...] = (), device: str = "cpu", **settings: Any) -> Any:
+        args = EngineArgs(model=str(folder), device=device, skip_tokenizer_init=True, use_tqdm_on_load=False,
+                          **{"dtype": "float32", **settings})
+        place, dtype = torch.device(device), getattr(torch, args.dtype)
+        model = get_model(args.create_engine_config(host), host, place).model
         length = len(ids)
         blocks = -(-length // block)
         table = torch.randperm(blocks, generator=torch.Generator().manual_seed(0)).int()[None] + 1
         layout = KVCacheLayout(num_blocks=blocks + 1, block_size=block, groups=[])
-        backend = TorchPagedBackend(model.attention_layers(), layout, dtype=torch.float32, device=torch.device("cpu"))
+        backend = TorchPagedBackend(model.attention_layers(), layout, dtype=dtype, device=place)
         for cache in backend.caches:
             cache.fill_(float("nan"))  # nothing unwritten may be read
         positions = torch.arange(length)
         slots = table[0, positions // block].long() * block + positions % block
         logits = []
         for start, end in pairwise((0, *cuts, length)):
-            step = StepShape(query_lens=np.array([end - start]), seq_lens=np.array([end]), block_table=table,
-                             host_block_table=table.numpy(), slots=slots[start:end])
+            step = StepShape(query_lens=np.array([end - start]), seq_lens=np.array([end]),
+                             block_table=table.to(place), host_block_table=table.numpy(),
+                             slots=slots[start:end].to(place))
             with torch.inference_mode():
-                hidden = model(Batch(ids=ids[start:end], positions=positions[start:end], attn=backend.prepare(step)))
-                logits.append(model.compute_logits(hidden))
+                hidden = model(Batch(ids=ids[start:end].to(place), positions=positions[start:end].to(place),
+                                     attn=backend.prepare(step)))
+                logits.append(model.compute_logits(hidden).float().cpu())
         return torch.cat(logits)
 
     return run

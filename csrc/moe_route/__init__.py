@@ -1,5 +1,6 @@
-"""Routing tokens to experts."""
+"""Routing tokens to experts, sorting them by expert, and adding up what the experts say."""
 
+from .layout import Layout, align, combine
 from .reference import Routing, route
 
-__all__ = ["Routing", "route"]
+__all__ = ["Layout", "Routing", "align", "combine", "route"]

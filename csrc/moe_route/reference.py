@@ -37,7 +37,7 @@ class Routing:
 def route(logits: Tensor, routing: Routing, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """logits [T, E] -> weights [T, top_k] float32 and experts [T, top_k] int64, best first.
 
-    Of equal scores the lowest index is taken. `bias` [E] is added to the scores for the choice alone, not to the weights
+    Of equal scores the lowest index is taken. `bias` [E] is added to the scores for the choice alone, not to weights
     (DeepSeek-V3, arXiv 2412.19437, section 2.1.2; groups: arXiv 2405.04434, section 2.1.2).
     """
     logits = logits.float()

@@ -10,9 +10,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     """RMSNorm (arXiv 1910.07467) of `x + residual`, and that sum.
 
     Args:
-        x: [T, D] in any float dtype. weight: [D]. residual: [T, D] or None for zero.
+        x: [..., D] in any float dtype. weight: [D]. residual: as x, or None for zero.
     Returns:
-        (normed [T, D], sum [T, D]), both in x's dtype. The mean square is taken in float32.
+        (normed, sum), both shaped as x and in its dtype. The mean square is taken in float32.
     """
     if residual is not None:
         x = x + residual

@@ -56,4 +56,5 @@ def dequantize(codes: Tensor, scale: Tensor, activation: Activation) -> Tensor:
 def fake_quantize(x: Tensor, activation: Activation, static_scale: Tensor | None = None) -> Tensor:
     """x rounded to 8-bit codes and multiplied back, in x's dtype. Arguments and NaN as for `quantize`."""
     codes, scale = quantize(x, activation, static_scale)
-    return dequantize(codes, scale, activation).to(x.dtype)
+    largest = torch.finfo(x.dtype).max  # int8 code -128 times its scale lies beyond the value that it came from
+    return dequantize(codes, scale, activation).clamp(-largest, largest).to(x.dtype)

@@ -54,7 +54,7 @@ class _ScaledKernel(LinearKernel):
         tokens, weights = len(rows), self.weights
         out = rows.new_empty(tokens, self.rows)
         if tokens == 0:
-            return out.unflatten(0, x.shape[:-1])
+            return out.view(*x.shape[:-1], self.rows)
         codes, scales = weights["codes"], weights["scales"]
         x_scales = scales
         if self.activation is not None:
@@ -73,7 +73,7 @@ class _ScaledKernel(LinearKernel):
         )
         if splits > 1:
             add_splits(target, bias, out)
-        return out.unflatten(0, x.shape[:-1])
+        return out.view(*x.shape[:-1], self.rows)
 
 
 def _refusal(problem: Problem, needed: tuple[int, int]) -> str | None:

@@ -38,6 +38,8 @@ class TritonW4A16Kernel(LinearKernel):
             return f"needs groups of a multiple of {MIN_BLOCK} inputs, not {scheme.group}"
         if not problem.even:
             return "inputs are scattered over groups of unequal size"
+        if problem.scale_rows:
+            return "needs scales for each row"
         return None
 
     def __init__(self, matrix: QuantizedMatrix, dtype: torch.dtype) -> None:
@@ -48,7 +50,8 @@ class TritonW4A16Kernel(LinearKernel):
         self.programs = WAVES * multiprocessors(matrix.scales.device)
         self.weights = {"codes": packed.bytes, "scales": matrix.scales.expand(matrix.rows, -1).T.contiguous()}
         if matrix.zeros is not None:
-            self.weights["zeros"] = (matrix.zeros.T ^ packed.offset).view(torch.int8).contiguous()
+            zeros = matrix.zeros.expand(matrix.rows, -1).T ^ packed.offset
+            self.weights["zeros"] = zeros.view(torch.int8).contiguous()
         if matrix.order is not None:
             self.weights["order"] = matrix.order.int()
 
@@ -58,21 +61,23 @@ class TritonW4A16Kernel(LinearKernel):
         rows = x.reshape(-1, self.columns).contiguous()
         out = rows.new_empty(len(rows), self.rows)
         if len(rows) == 0:
-            return out.unflatten(0, x.shape[:-1])
+            return out.view(*x.shape[:-1], self.rows)
         tile, weights = tile_for(len(rows), TILES), self.weights
+        if (order := weights.get("order")) is not None:
+            rows = rows.index_select(1, order)  # once: gathered inside, every tile of outputs would do it again
         tiles = -(-self.rows // tile.n) * -(-len(rows) // tile.m)
         splits = split_blocks(tiles, self.blocks, self.programs)
         target = out if splits == 1 else out.new_empty(splits, *out.shape, dtype=torch.float32)
         codes = weights["codes"]
         w4a16_kernel[(tiles, splits)](
-            rows, codes, weights["scales"], weights.get("zeros", codes), weights.get("order", codes),
-            codes if bias is None else bias, target,
+            rows, codes, weights["scales"], weights.get("zeros", codes), codes if bias is None else bias,
+            target,
             len(rows), self.rows, self.columns, self.blocks, -(-self.blocks // splits),
             BLOCKS_PER_GROUP=self.blocks_per_group, WIDTH=self.width, ZERO=self.zero, HAS_ZEROS="zeros" in weights,
-            HAS_ORDER="order" in weights, HAS_BIAS=bias is not None, SPLIT=splits > 1,
+            HAS_BIAS=bias is not None, SPLIT=splits > 1,
             EVEN_K=self.columns % self.block == 0, UPCAST=x.device.type == "cpu",
             BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=self.block, num_warps=tile.warps, num_stages=tile.stages,
         )
         if splits > 1:
             add_splits(target, bias, out)
-        return out.unflatten(0, x.shape[:-1])
+        return out.view(*x.shape[:-1], self.rows)

@@ -13,6 +13,7 @@ from ..matrix import QuantizedMatrix
 ROWS = 64  # outputs whose codes lie together: the rows of one matrix instruction
 MAX_BLOCK = 128
 MIN_BLOCK = 32
+ROWS_AT_ONCE = 64 * ROWS  # packed together: some megabytes of codes
 MIN_BYTES = 16  # a matrix instruction's inputs
 
 
@@ -38,17 +39,18 @@ class PackedCodes:
 
     @classmethod
     def pack(cls, matrix: QuantizedMatrix) -> PackedCodes:
-        """Pack 64 outputs at a time; inputs are put in the order of their groups."""
+        """Pack some outputs at a time; inputs are put in the order of their groups."""
         block = block_of(matrix.scheme.group)
         width = next(w for w in (2, 4, 8) if w >= matrix.scheme.bits and block * w // 8 >= MIN_BYTES)
         offset = 128 if width == 8 else 0
         strips = []
-        for start in range(0, matrix.rows, ROWS):
-            codes = matrix.codes(start, min(start + ROWS, matrix.rows))
+        for start in range(0, matrix.rows, ROWS_AT_ONCE):
+            codes = matrix.codes(start, min(start + ROWS_AT_ONCE, matrix.rows))
             if matrix.order is not None:
                 codes = codes[:, matrix.order]
-            codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % block, 0, ROWS - len(codes)))
-            parts = codes.unflatten(1, (-1, 8 // width, block * width // 8)).transpose(0, 1)  # [KB, 64, codes, B]
+            codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % block, 0, -len(codes) % ROWS))
+            # [strips, 64, KB, codes in a byte, B] -> [strips, KB, 64, codes in a byte, B]
+            parts = codes.unflatten(0, (-1, ROWS)).unflatten(2, (-1, 8 // width, block * width // 8)).transpose(1, 2)
             shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=codes.device)
-            strips.append((parts << shifts[:, None]).sum(dim=2, dtype=torch.uint8) ^ offset)
-        return cls(bytes=torch.stack(strips).view(torch.int8), block=block, width=width, offset=offset)
+            strips.append((parts << shifts[:, None]).sum(dim=3, dtype=torch.uint8) ^ offset)
+        return cls(bytes=torch.cat(strips).view(torch.int8), block=block, width=width, offset=offset)

@@ -8,11 +8,10 @@ import triton.language as tl
 
 @triton.jit
 def w4a16_kernel(
-    x_ptr, code_ptr, scale_ptr, zero_ptr, order_ptr, bias_ptr, out_ptr,
+    x_ptr, code_ptr, scale_ptr, zero_ptr, bias_ptr, out_ptr,
     M, N, K, blocks, blocks_per_split,
     BLOCKS_PER_GROUP: tl.constexpr, WIDTH: tl.constexpr, ZERO: tl.constexpr,
-    HAS_ZEROS: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr,
-    EVEN_K: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, EVEN_K: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """out [M, N] = x [M, K] W^T, one tile of [BLOCK_N outputs, BLOCK_M tokens] a program.
@@ -31,8 +30,10 @@ def w4a16_kernel(
     BYTES: tl.constexpr = BLOCK_K * WIDTH // 8
     MASK: tl.constexpr = (1 << WIDTH) - 1
     j = tl.arange(0, BYTES)
-    row = (n // 64).to(tl.int64) * blocks * 64 + n % 64
-    code_at = code_ptr + row[:, None] * BYTES + j[None, :]  # strips of 64 outputs are whole: no mask is needed
+    # Instead of a mask: a tile of 128 outputs may have no second strip of 64, and reads the last output's codes for it.
+    there = tl.minimum(n, N - 1)
+    row = (there // 64).to(tl.int64) * blocks * 64 + there % 64
+    code_at = code_ptr + row[:, None] * BYTES + j[None, :]
     x_at = x_ptr + m[None, :].to(tl.int64) * K
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     start = split * blocks_per_split
@@ -49,10 +50,8 @@ def w4a16_kernel(
         for part in tl.static_range(8 // WIDTH):
             columns = block * BLOCK_K + part * BYTES + j
             inside = m_in[None, :]
-            if HAS_ORDER or not EVEN_K:
+            if not EVEN_K:
                 inside = inside & (columns < K)[:, None]
-            if HAS_ORDER:
-                columns = tl.load(order_ptr + columns, mask=columns < K, other=0)
             x = tl.load(x_at + columns[:, None], mask=inside, other=0.0)
             codes = packed
             if WIDTH < 8:

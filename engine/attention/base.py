@@ -11,19 +11,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...models import Attention, AttentionRun
+from ...models import AttentionLayer, AttentionRun
 from ..plan import KVCacheLayout
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionProblem:
-    """What a backend must be able to run; `supports` answers with a reason when it cannot."""
+    """What a backend must be able to run; `supports` answers with a reason when it cannot.
+
+    With `kv_lora_rank` it is latent attention (`AttentionRun.run_latent`): one row of that many latent values, then
+    the rotated key, serves all heads, and `head_dim` is a query's width before anything is absorbed.
+    """
 
     device: torch.device
     dtype: torch.dtype
     head_dim: int
     num_heads: int
     num_kv_heads: int
+    kv_lora_rank: int | None
     sliding_window: int | None
     block_size: int
 
@@ -58,7 +63,7 @@ class AttentionBackend(ABC):
         """None when it can run `problem`, else the reason why not."""
 
     @abstractmethod
-    def __init__(self, layers: Sequence[Attention], layout: KVCacheLayout, *, dtype: torch.dtype,
+    def __init__(self, layers: Sequence[AttentionLayer], layout: KVCacheLayout, *, dtype: torch.dtype,
                  device: torch.device) -> None:
         """Allocate the cache of every layer. Its content is unspecified: only written slots are ever read."""
 

@@ -7,18 +7,19 @@ from collections.abc import Sequence
 import torch
 
 from ...csrc.select import Choice, check_pin, choose
-from ...models import Attention
+from ...models import AttentionLayer
 from ...plugins.errors import UsageError
 from ...plugins.manager import PluginHost
 from .base import AttentionBackend, AttentionProblem
 
 
-def attention_problems(layers: Sequence[Attention], *, dtype: torch.dtype, device: torch.device,
+def attention_problems(layers: Sequence[AttentionLayer], *, dtype: torch.dtype, device: torch.device,
                        block_size: int) -> set[AttentionProblem]:
     """The distinct shapes of a model's attention layers."""
     return {
         AttentionProblem(device=device, dtype=dtype, head_dim=layer.head_dim, num_heads=layer.num_heads,
-                         num_kv_heads=layer.num_kv_heads, sliding_window=layer.sliding_window, block_size=block_size)
+                         num_kv_heads=layer.num_kv_heads, kv_lora_rank=layer.kv_lora_rank,
+                         sliding_window=layer.sliding_window, block_size=block_size)
         for layer in layers
     }
 

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...csrc.attention import attend, causal_mask, gather_kv, write_kv
-from ...models import Attention, AttentionRun
+from ...csrc.attention import (
+    absorb,
+    absorbing_is_cheaper,
+    attend,
+    attend_expanded,
+    attend_rows,
+    causal_mask,
+    gather_kv,
+    gather_rows,
+    project_values,
+    write_kv,
+    write_rows,
+)
+from ...models import Attention, AttentionLayer, AttentionRun, MLAAttention
 from ..plan import KVCacheLayout
 from .base import AttentionBackend, AttentionProblem, StepShape
+
+# Tokens whose keys and values are made of their latents at a time, and then forgotten: bounds a long prefix's memory.
+EXPANDED_TOKENS = 1024
 
 
 class TorchPagedBackend(AttentionBackend):
@@ -23,14 +38,14 @@ class TorchPagedBackend(AttentionBackend):
     def supports(cls, problem: AttentionProblem) -> str | None:
         return None
 
-    def __init__(self, layers: Sequence[Attention], layout: KVCacheLayout, *, dtype: torch.dtype,
+    def __init__(self, layers: Sequence[AttentionLayer], layout: KVCacheLayout, *, dtype: torch.dtype,
                  device: torch.device) -> None:
         self.block_size, self.dtype, self.device = layout.block_size, dtype, device
-        self.caches = [
-            torch.empty(2, layout.num_blocks, layout.block_size, layer.num_kv_heads, layer.head_dim, dtype=dtype,
-                        device=device)
-            for layer in layers
-        ]
+        self.caches = []
+        for layer in layers:
+            planes, heads, width = layer.kv_shape
+            self.caches.append(torch.empty(planes, layout.num_blocks, layout.block_size, heads, width, dtype=dtype,
+                                           device=device))
 
     def prepare(self, step: StepShape) -> AttentionRun:
         return TorchPagedRun(self, step)
@@ -46,6 +61,26 @@ class Span(NamedTuple):
     causal: bool
 
 
+class LatentSpan(NamedTuple):
+    """One request as a latent layer sees it: its rows in the batch, its blocks in the cache, its length."""
+
+    rows: slice
+    blocks: Tensor
+    length: int
+
+    @property
+    def query(self) -> int:
+        return self.rows.stop - self.rows.start
+
+
+class LatentSpans(NamedTuple):
+    """Requests by the way that is cheaper for them; `absorbed_rows` are all batch rows of the first kind."""
+
+    absorbed: list[LatentSpan]
+    absorbed_rows: Tensor | slice
+    expanded: list[LatentSpan]
+
+
 class TorchPagedRun(AttentionRun):
     """One step over the backend's caches; spans and masks are made once for the layers that agree on a window."""
 
@@ -53,6 +88,7 @@ class TorchPagedRun(AttentionRun):
         self.backend, self.step = backend, step
         self.query_lens: list[int] = step.query_lens.tolist()
         self._spans: dict[int | None, list[Span]] = {}
+        self._latent_spans: dict[tuple[int, int, int], LatentSpans] = {}
         self._masks: dict[tuple[int, int, int | None], Tensor | None] = {}
 
     def run(self, layer: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -65,6 +101,48 @@ class TorchPagedRun(AttentionRun):
                 keys, values = gather_kv(cache, span.blocks, span.length)
             out.append(attend(query, keys, values, scale=layer.scale, mask=span.mask, causal=span.causal))
         return torch.cat(out)
+
+    def run_latent(self, layer: MLAAttention, q_nope: Tensor, q_pe: Tensor, rows: Tensor) -> Tensor:
+        cache, spans = self.backend.caches[layer.index], self._spans_of_latents(layer)
+        write_rows(cache, rows, self.step.slots)
+        out = rows.new_empty(len(rows), layer.num_heads, layer.v_head_dim)
+        if spans.absorbed:
+            these = spans.absorbed_rows
+            queries = torch.cat((absorb(q_nope[these], layer.w_uk), q_pe[these]), dim=-1)
+            context = [
+                attend_rows(q, gather_rows(cache, span.blocks, span.length), layer.kv_lora_rank, scale=layer.scale)
+                for q, span in zip(queries.split([span.query for span in spans.absorbed]), spans.absorbed)
+            ]
+            out[these] = project_values(torch.cat(context), layer.w_uv)
+        size = self.backend.block_size
+        chunk = max(1, EXPANDED_TOKENS // size) * size
+        for span in spans.expanded:
+            q = torch.cat((q_nope[span.rows], q_pe[span.rows]), dim=-1)
+            out[span.rows] = attend_expanded(q, self._rows_of(cache, span), span.length, layer.w_kv,
+                                             value=layer.v_head_dim, scale=layer.scale, chunk=chunk)
+        return out
+
+    def _rows_of(self, cache: Tensor, span: LatentSpan) -> Callable[[int, int], Tensor]:
+        size = self.backend.block_size  # `start` is at a block's first token
+        return lambda start, stop: gather_rows(cache, span.blocks[start // size : -(-stop // size)], stop - start)
+
+    def _spans_of_latents(self, layer: MLAAttention) -> LatentSpans:
+        key = (layer.kv_lora_rank, layer.qk_nope_head_dim, layer.v_head_dim)
+        if key not in self._latent_spans:
+            absorbed: list[LatentSpan] = []
+            expanded: list[LatentSpan] = []
+            lengths, end = self.step.seq_lens.tolist(), 0
+            for query, length, table in zip(self.query_lens, lengths, self.step.block_table.unbind()):
+                end += query
+                span = LatentSpan(slice(end - query, end), table[: -(-length // self.backend.block_size)], length)
+                cheaper = absorbing_is_cheaper(query, length, latent=key[0], nope=key[1], value=key[2])
+                (absorbed if cheaper else expanded).append(span)
+            rows: Tensor | slice = slice(None)
+            if absorbed and expanded:
+                rows = torch.cat([torch.arange(span.rows.start, span.rows.stop) for span in absorbed])
+                rows = rows.to(self.backend.device)
+            self._latent_spans[key] = LatentSpans(absorbed, rows, expanded)
+        return self._latent_spans[key]
 
     def _spans_within(self, window: int | None) -> list[Span]:
         if window not in self._spans:

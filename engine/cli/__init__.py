@@ -41,9 +41,10 @@ VERBS = {
         "KIND [flags]",
         "measure kernels, latency, throughput and serving",
         None,
-        ("latency", "throughput", "serve", "transformers", "step", "startup", "compare"),
+        ("latency", "throughput", "serve", "transformers", "kernels", "methods", "moe", "step", "startup", "compare"),
     ),
     "inspect": Verb("[MODEL] [flags]", "what a checkpoint holds and what would keep it from loading", "inspect"),
+    "experts": Verb("[MODEL] -p TEXT | --url URL", "how often every expert of a model is chosen", "experts"),
     "plugins": Verb("list | show NAME", "what is installed, what it provides, what failed", "plugins"),
     "config": Verb("show [MODEL] [flags]", "every setting, its value and where that came from", "config", ("show",)),
     "env": Verb("[--json]", "describe this machine and installation, for a bug report", "env"),
@@ -159,7 +160,9 @@ def _plugin_command(name: str) -> Callable[[list[str]], int]:
         command: Callable[[list[str]], int] = host.resolve("command", name)
         return command
     known = sorted({*VERBS, *added})
-    raise UsageError(f"nybble has no command {name!r}", known=known, fix=did_you_mean(name, known))
+    absent = "; ".join(f"plugin {p.name!r} is {p.status}: {p.cause}" for p in host.plugins if p.status != "loaded")
+    raise UsageError(f"nybble has no command {name!r}", found=absent or None, known=known,
+                     fix=did_you_mean(name, known))
 
 
 def verb_parser(name: str) -> Parser:

@@ -1,4 +1,4 @@
-"""A client of /v1/chat/completions on urllib: what `nybble chat --url` talks through."""
+"""A client of a server on urllib: what `nybble chat --url` and `nybble experts --url` talk through."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ...plugins.errors import NybbleError, UsageError
+from ..expert_stats import ExpertCounts, from_json
 from ..server.args import checked_keys
 
 TIMEOUT_SECONDS = 300
@@ -46,6 +47,12 @@ class Client:
         """The name of the first model that the server lists."""
         with self._understood(), self._call("/v1/models") as response:
             return str(json.load(response)["data"][0]["id"])
+
+    def expert_counts(self, *, reset: bool) -> list[ExpertCounts]:
+        """What the server counted of its experts; `reset` to let it begin anew."""
+        path = "/nybble/experts/reset" if reset else "/nybble/experts"
+        with self._understood(), self._call(path, {} if reset else None) as response:
+            return from_json(response.read())
 
     def chat(self, body: dict[str, Any]) -> Generator[str, None, None]:
         """Stream a chat completion's text."""

@@ -35,7 +35,7 @@ def run(parsed: Namespace) -> int:
 
 
 def as_text(found: Inspection) -> str:
-    method = f"{found.quantization} ({found.evidence})" if found.quantization else "none"
+    method = f"{found.quantization} ({found.evidence or 'while it is loaded'})" if found.quantization else "none"
     total = sum(found.bytes_by_role.values())
     lines = [
         f"folder        {found.folder}",
@@ -46,7 +46,7 @@ def as_text(found: Inspection) -> str:
         + ", ".join(f"{role} {size / 1e6:.1f}" for role, size in found.bytes_by_role.items()),
         *_kv_scales(found.kv_scales),
         "",
-        f"{'layers':<44} {'method':<22} {'stored as':<44} MB",
+        f"{'layers':<56} {'method':<22} {'stored as':<44} MB",
     ]
     lines += [_row(list(group)) for _, group in groupby(sorted(found.layers, key=_kind), key=_kind)]
     for title, entries in (("would be refused", found.problems), ("worth a look", found.findings)):
@@ -71,4 +71,4 @@ def _kind(layer: Layer) -> tuple[str, str, str]:
 def _row(layers: list[Layer]) -> str:
     name, method, scheme = _kind(layers[0])
     count = f" x{len(layers)}" if len(layers) > 1 else ""
-    return f"{name + count:<44} {method:<22} {scheme:<44} {sum(layer.bytes for layer in layers) / 1e6:.2f}"
+    return f"{name + count:<56} {method:<22} {scheme:<44} {sum(layer.bytes for layer in layers) / 1e6:.2f}"

@@ -20,6 +20,7 @@ from ...plugins.env import child_environment
 from ...plugins.errors import EngineDeadError, NybbleError
 from ...plugins.manager import PluginHost
 from ..config import EngineConfig
+from ..expert_stats import ExpertCounts
 from ..layer_report import LayerReport
 from ..metrics import StepStats
 from ..plan import KVCacheLayout
@@ -28,6 +29,8 @@ from .messages import (
     MAX_MESSAGE_BYTES,
     Abort,
     Add,
+    AskExperts,
+    ExpertReply,
     Failed,
     FromCore,
     Outputs,
@@ -65,6 +68,9 @@ class EngineCoreClient(ABC):
 
     @abstractmethod
     def reset_prefix_cache(self) -> bool: ...
+
+    @abstractmethod
+    def expert_counts(self, reset: bool) -> list[ExpertCounts]: ...
 
     @abstractmethod
     def shutdown(self) -> None:
@@ -106,6 +112,9 @@ class InprocClient(EngineCoreClient):
 
     def reset_prefix_cache(self) -> bool:
         return self.core.reset_prefix_cache()
+
+    def expert_counts(self, reset: bool) -> list[ExpertCounts]:
+        return self.core.expert_counts(reset)
 
     def shutdown(self) -> None:
         self.core.shutdown()
@@ -266,14 +275,24 @@ class ProcClient(EngineCoreClient):
         self.stats = message.stats
 
     def reset_prefix_cache(self) -> bool:
-        call_id = next(self._call_ids)
-        self._send(ResetPrefixCache(call_id))
+        reply = self._call(ResetPrefixCache(next(self._call_ids)))
+        assert isinstance(reply, Reply)
+        return reply.value
+
+    def expert_counts(self, reset: bool) -> list[ExpertCounts]:
+        reply = self._call(AskExperts(next(self._call_ids), reset))
+        assert isinstance(reply, ExpertReply)
+        return reply.value
+
+    def _call(self, question: ResetPrefixCache | AskExperts) -> Reply | ExpertReply:
+        """The answer to a question; outputs that come before it are held for the next step."""
+        self._send(question)
         while True:
             message = self._receive()
             if isinstance(message, Outputs):
                 self._take(message)
-            elif isinstance(message, Reply) and message.call_id == call_id:
-                return message.value
+            elif isinstance(message, Reply | ExpertReply) and message.call_id == question.call_id:
+                return message
 
     def shutdown(self) -> None:
         if self._socket.closed:

@@ -11,6 +11,7 @@ from ...plugins.log import get_logger
 from ...plugins.manager import PluginHost
 from ..config import EngineConfig
 from ..executor.base import Executor
+from ..expert_stats import ExpertCounts
 from ..metrics import StepStats
 from ..request import EngineCoreOutput, EngineCoreRequest
 from ..sched.scheduler import Scheduler
@@ -79,6 +80,10 @@ class EngineCore:
     def reset_prefix_cache(self) -> bool:
         """Forget every cached prefix; False while requests hold blocks."""
         return self.scheduler.reset_prefix_cache()
+
+    def expert_counts(self, reset: bool) -> list[ExpertCounts]:
+        """What was counted of every layer of experts; none without --expert-stats or without experts."""
+        return self.executor.expert_counts(reset)
 
     def shutdown(self) -> None:
         self.executor.shutdown()

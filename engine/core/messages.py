@@ -7,6 +7,7 @@ import msgspec
 from ...plugins import errors
 from ...plugins.errors import NybbleError
 from ..config import EngineConfig
+from ..expert_stats import ExpertCounts
 from ..layer_report import LayerReport
 from ..metrics import StepStats
 from ..plan import KVCacheLayout
@@ -33,6 +34,13 @@ class ResetPrefixCache(msgspec.Struct, frozen=True, tag="reset_prefix_cache"):
     call_id: int
 
 
+class AskExperts(msgspec.Struct, frozen=True, tag="ask_experts"):
+    """What was counted of every expert; `reset` begins anew after it."""
+
+    call_id: int
+    reset: bool
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     pass
 
@@ -54,6 +62,11 @@ class Reply(msgspec.Struct, frozen=True, tag="reply"):
     value: bool
 
 
+class ExpertReply(msgspec.Struct, frozen=True, tag="expert_reply"):
+    call_id: int
+    value: list[ExpertCounts]
+
+
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
     """The process cannot start or go on: the error's class name (a NybbleError or not) and its whole message."""
 
@@ -68,5 +81,5 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
         return errors.EngineDeadError(f"the engine stopped on {self.kind}: {self.message}")
 
 
-ToCore = Start | Add | Abort | ResetPrefixCache | Shutdown
-FromCore = Ready | Outputs | Reply | Failed
+ToCore = Start | Add | Abort | ResetPrefixCache | AskExperts | Shutdown
+FromCore = Ready | Outputs | Reply | ExpertReply | Failed

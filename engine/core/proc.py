@@ -21,6 +21,8 @@ from .messages import (
     MAX_MESSAGE_BYTES,
     Abort,
     Add,
+    AskExperts,
+    ExpertReply,
     Failed,
     FromCore,
     Outputs,
@@ -103,6 +105,8 @@ class EngineProcess:
                     core.abort_requests(message.request_ids)
                 elif isinstance(message, ResetPrefixCache):
                     self.send(Reply(message.call_id, core.reset_prefix_cache()))
+                elif isinstance(message, AskExperts):
+                    self.send(ExpertReply(message.call_id, core.expert_counts(message.reset)))
                 elif isinstance(message, Shutdown):
                     return
             outputs = core.step()

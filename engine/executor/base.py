@@ -8,6 +8,7 @@ from ...plugins.errors import OutOfMemoryError
 from ...plugins.log import get_logger
 from ...plugins.manager import PluginHost
 from ..config import EngineConfig
+from ..expert_stats import ExpertCounts
 from ..layer_report import LayerReport
 from ..loader.base import LoadReport
 from ..plan import KVCacheGroup, KVCacheLayout, Plan, Result
@@ -29,6 +30,10 @@ class Executor(ABC):
     @abstractmethod
     def execute_model(self, plan: Plan) -> Result:
         """Run one step on every worker."""
+
+    @abstractmethod
+    def expert_counts(self, reset: bool) -> list[ExpertCounts]:
+        """What one worker's layers of experts counted, `reset` to begin anew; none where nothing is counted."""
 
     @abstractmethod
     def shutdown(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ...plugins.manager import PluginHost
 from ..config import EngineConfig
+from ..expert_stats import ExpertCounts
 from ..plan import Plan, Result
 from ..worker.gpu_worker import GPUWorker
 from .base import Executor, plan_layout
@@ -23,6 +24,9 @@ class UniProcExecutor(Executor):
 
     def execute_model(self, plan: Plan) -> Result:
         return self.worker.execute_model(plan)
+
+    def expert_counts(self, reset: bool) -> list[ExpertCounts]:
+        return self.worker.expert_counts(reset)
 
     def shutdown(self) -> None:
         self.worker.runner = None

@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from ...csrc.select import Kernels, check_pin
 from ...models import CausalLM, Fields, Make
-from ...moe import Backends
-from ...plugins.errors import CheckpointError, PluginError
+from ...moe import Experts
+from ...plugins.errors import CheckpointError, UsageError
 from ...plugins.manager import PluginHost
-from ...quant import REFERENCE, Found, Linear, QuantizationConfig, Stored, Unquantized, get_quantization_config
+from ...quant import Found, Linear, QuantizationConfig, Stored, Unquantized, get_quantization_config
 from ..config import EngineConfig
 from ..layer_report import LayerReport
 from .base import LoadReport, WeightLoader
+from .kernels import linear_kernels, moe_backends
 from .ledger import TORCH_DTYPES
 from .scan import Checkpoint, scan
 
@@ -51,37 +50,11 @@ def get_model(config: EngineConfig, host: PluginHost, device: torch.device) -> L
     if quant is not None:
         check_quantized(model, config)
         model.ignored_tensors = {**model.ignored_tensors, **quant.ignored_tensors}
+    check_pins(model, config)
     loader: WeightLoader = host.resolve("loader", loader_name)()
     report = loader.load(model, folder, seed=config.model.seed, progress=config.load.use_tqdm)
     model.after_load()
     return LoadedModel(model=model.eval(), report=report, layers=tuple(layer_reports(model)))
-
-
-def linear_kernels(host: PluginHost, pin: str | None) -> Kernels:
-    """Every linear kernel that plugins offer. Raises UsageError for a pin that nobody offers."""
-    check_pin(pin, {*host.names("kernel"), REFERENCE}, "kernel")
-    known, broken = resolve_all(host, "kernel", pin)
-    return Kernels(known=known, broken=broken, pin=pin)
-
-
-def moe_backends(host: PluginHost, pin: str | None) -> Backends:
-    """Every MoE backend that plugins offer. Raises UsageError for a pin that nobody offers."""
-    check_pin(pin, host.names("moe_backend"), "MoE backend")
-    known, broken = resolve_all(host, "moe_backend", pin)
-    return Backends(known=known, broken=broken, pin=pin)
-
-
-def resolve_all(host: PluginHost, kind: str, pin: str | None) -> tuple[dict[str, Any], dict[str, str]]:
-    """(parts of one kind, causes of those that cannot be imported). Raises PluginError when the pinned one cannot."""
-    known, broken = {}, {}
-    for name in host.names(kind):
-        try:
-            known[name] = host.resolve(kind, name)
-        except PluginError as error:
-            if name == pin:
-                raise
-            broken[name] = f"{error.asked}: {error.found}"
-    return known, broken
 
 
 def layer_reports(model: CausalLM) -> Iterator[LayerReport]:
@@ -91,6 +64,19 @@ def layer_reports(model: CausalLM) -> Iterator[LayerReport]:
             yield LayerReport(layer=layer.name, scheme=layer.scheme, kernel=layer.runs_by, bytes=layer.nbytes,
                               shape=(layer.shape.out_features, layer.shape.in_features),
                               refusals=dict(layer.refusals))
+
+
+def check_pins(model: CausalLM, config: EngineConfig) -> None:
+    """Raise UsageError for a pinned kernel or backend that nothing in the model would run: no flag is ignored."""
+    pins = (
+        ("--linear-backend", config.device.linear_backend, "quantized linear layer",
+         any(isinstance(m, Linear) and not m.method.plain for m in model.modules())),
+        ("--moe-backend", config.device.moe_backend, "layer of experts",
+         any(isinstance(m, Experts) for m in model.modules())),
+    )
+    for flag, pin, what, there in pins:
+        if pin is not None and not there:
+            raise UsageError(f"{flag} {pin} was asked for, but the model has no {what}", fix=f"leave {flag} out")
 
 
 def check_quantized(model: CausalLM, config: EngineConfig) -> None:

@@ -11,6 +11,7 @@ import msgspec
 from starlette.responses import Response
 
 from ..config import EngineConfig
+from ..expert_stats import ExpertCounts
 from ..layer_report import LayerReport
 from ..metrics import StepStats
 from ..plan import KVCacheLayout
@@ -18,6 +19,7 @@ from ..request import RequestOutput, SamplingParams
 from .args import ServerArgs
 from .auth import ApiKeys
 from .errors import ApiError
+from .expert_metrics import ExpertMetrics
 from .lifecycle import Lifecycle
 from .metrics import ServerMetrics
 
@@ -60,6 +62,8 @@ class Engine(Protocol):
     def default_sampling_params(self) -> dict[str, Any]: ...
 
     def add_stats_listener(self, listener: Callable[[StepStats], None]) -> None: ...
+
+    async def expert_counts(self, reset: bool = False) -> list[ExpertCounts]: ...
 
     async def start(self) -> None: ...
 
@@ -105,12 +109,13 @@ class Heartbeat:
 
 @dataclass(frozen=True, kw_only=True)
 class Api:
-    """One server: passed to every handler, so that nothing is global."""
+    """One server: passed to every handler, so that nothing is global. `experts` None: they are not counted."""
 
     engine: Engine
     args: ServerArgs
     lifecycle: Lifecycle
     metrics: ServerMetrics
+    experts: ExpertMetrics | None
     heartbeat: Heartbeat
     keys: ApiKeys
     limits: Limits

@@ -22,8 +22,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from ...plugins.errors import UsageError
 from ...plugins.log import get_logger
 from .._version import __version__
+from ..expert_stats import as_json
 from ..layer_report import render
 from .api import Api, Engine, Heartbeat, Limits, json_response
 from .args import ServerArgs
@@ -32,6 +34,7 @@ from .chat import create_chat_completion
 from .completions import create_completion
 from .connection import connection_class
 from .errors import ApiError, to_api_error
+from .expert_metrics import ExpertMetrics
 from .lifecycle import Lifecycle, Phase
 from .listen import listening, url
 from .metrics import ServerMetrics
@@ -48,6 +51,8 @@ WATCH_SECONDS = 0.2
 SHUTDOWN_SECONDS = 1.0
 STALL_SECONDS = 10.0
 """How long one step may take before /health calls the engine stalled."""
+ANSWER_SECONDS = 10.0
+"""How long the engine may take to say what it counted: it answers between two steps."""
 KEEP_ALIVE_SECONDS = 75
 """Longer than clients keep idle connections, so that none is closed under a request that is on its way."""
 
@@ -61,17 +66,21 @@ def build_app(
     limits: Limits | None = None,
 ) -> Starlette:
     """The server as an ASGI application, without sockets or signals. `lifecycle` None: ready at once."""
+    name = engine.config.model.served_model_name
     api = Api(
         engine=engine,
         args=args,
         lifecycle=lifecycle or Lifecycle(),
-        metrics=ServerMetrics(engine.config.model.served_model_name),
+        metrics=ServerMetrics(name),
+        experts=ExpertMetrics(name, engine.expert_counts) if engine.config.device.expert_stats else None,
         heartbeat=Heartbeat(engine),
         keys=ApiKeys(args.api_keys),
         limits=limits or Limits(),
         created=int(time.time()),
     )
     engine.add_stats_listener(api.metrics.on_step)
+    if api.experts is not None:
+        api.metrics.registry.register(api.experts)
     get = {
         "/v1/models": list_models,
         "/v1/models/{model:path}": get_model,
@@ -79,6 +88,7 @@ def build_app(
         "/ping": health,
         "/version": version,
         "/nybble/layers": layers,
+        "/nybble/experts": experts,
         "/load": load,
         "/metrics": metrics,
     }
@@ -87,6 +97,7 @@ def build_app(
         "/v1/chat/completions": create_chat_completion,
         "/tokenize": tokenize,
         "/detokenize": detokenize,
+        "/nybble/experts/reset": reset_experts,
     }
     app = Starlette(
         routes=[
@@ -143,11 +154,33 @@ async def layers(api: Api, request: Request) -> Response:
     return json_response({"layers": api.engine.layers})
 
 
+async def experts(api: Api, request: Request) -> Response:
+    """The tokens of every expert, by layer."""
+    return await _experts(api, reset=False)
+
+
+async def reset_experts(api: Api, request: Request) -> Response:
+    """The same, and the counts begin anew: no token is in two answers, and in none only after a 503."""
+    return await _experts(api, reset=True)
+
+
+async def _experts(api: Api, *, reset: bool) -> Response:
+    try:
+        counted = await asyncio.wait_for(api.engine.expert_counts(reset), ANSWER_SECONDS)
+    except UsageError as error:
+        raise ApiError(404, str(error), code="no_expert_counts") from error
+    except TimeoutError as error:
+        raise ApiError(503, f"the engine did not answer in {ANSWER_SECONDS:.0f} s", code="engine_stalled") from error
+    return Response(as_json(counted), media_type="application/json")
+
+
 async def load(api: Api, request: Request) -> Response:
     return json_response({"server_load": len(api.lifecycle.generating)})
 
 
 async def metrics(api: Api, request: Request) -> Response:
+    if api.experts is not None and api.engine.is_running:
+        await api.experts.refresh()
     return Response(api.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
 

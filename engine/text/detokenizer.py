@@ -45,7 +45,7 @@ class Detokenizer:
         self._last_was_added = False
         self._held: list[int] = []
         context, unfinished = self._prompt_end(prompt_token_ids)
-        self._stream = DecodeStream(ids=context)
+        self._stream, self._sent = DecodeStream(ids=context), context
         for token in unfinished:
             self._next(token)
 
@@ -56,7 +56,9 @@ class Detokenizer:
     def flush(self) -> str:
         """What was held back: U+FFFD for a character that nobody finished. Ends the completion."""
         held, self._held = self._held, []
-        return self._decode(held)
+        before = self._decode(self._sent)
+        whole = self._decode([*self._sent, *held])  # a decoder may put a space between the two
+        return whole[len(before):] if whole.startswith(before) else self._decode(held)
 
     def _next(self, token: int) -> str:
         self._held.append(token)
@@ -66,7 +68,7 @@ class Detokenizer:
                 return ""
             text = self._release()
         else:
-            self._held.clear()
+            self._sent, self._held = self._held, []
         if self._joins:
             added = self._tokenizer.added_tokens.get(token)
             if added is not None and self._last_was_added:
@@ -96,8 +98,8 @@ class Detokenizer:
             if (text := self._decode(done)) + self._decode(rest) == whole:
                 break
         else:
-            text, rest = whole, []
-        self._stream, self._held = DecodeStream(), rest
+            text, done, rest = whole, self._held, []
+        self._stream, self._sent, self._held = DecodeStream(), done, rest
         for token in rest:
             self._stream.step(self._backend, token)
         return text

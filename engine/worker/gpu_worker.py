@@ -7,12 +7,14 @@ import time
 import psutil
 import torch
 
-from ...models import Attention
+from ...models import AttentionLayer
+from ...moe import Experts
 from ...plugins.errors import OutOfMemoryError, UsageError
 from ...plugins.log import get_logger
 from ...plugins.manager import PluginHost
 from ..attention.select import attention_problems, choose_attention_backend
 from ..config import EngineConfig
+from ..expert_stats import ExpertCounts
 from ..loader import LoadedModel, get_model
 from ..plan import KVCacheGroup, KVCacheLayout, KVCacheSpec, NewRequest, Plan, Result
 from ..request import SamplingParams
@@ -23,6 +25,7 @@ log = get_logger(__name__)
 
 # A dummy request samples once after its prompt and once more after a decode step.
 DUMMY_OUTPUTS = 2
+WARM_TOKENS = 16
 
 
 class GPUWorker:
@@ -43,7 +46,7 @@ class GPUWorker:
         self.layout: KVCacheLayout | None = None
 
     @property
-    def _attention_layers(self) -> list[Attention]:
+    def _attention_layers(self) -> list[AttentionLayer]:
         assert self.loaded is not None, "load_model comes first"
         return self.loaded.model.attention_layers()
 
@@ -55,10 +58,7 @@ class GPUWorker:
 
     def kv_cache_groups(self) -> list[KVCacheGroup]:
         """Layers by what they keep per token. One group: the pool's blocks are then interchangeable."""
-        specs = {
-            KVCacheSpec(num_kv_heads=a.num_kv_heads, head_size=a.head_dim, dtype_bytes=self.dtype.itemsize)
-            for a in self._attention_layers
-        }
+        specs = {KVCacheSpec(shape=a.kv_shape, dtype_bytes=self.dtype.itemsize) for a in self._attention_layers}
         if len(specs) != 1:
             raise UsageError("every layer must keep the same KV per token in this release",
                              found=sorted(map(str, specs)))
@@ -131,11 +131,35 @@ class GPUWorker:
         )
 
     def warm_up(self) -> None:
-        """Run a short prompt and a decode step, so that the first request meets warm kernels."""
+        """Run a prompt and a decode step, so that the first request meets warm kernels.
+
+        On CUDA prompts of every power of two: kernels have tiles for different numbers of tokens, each compiled when
+        it is first met.
+        """
         assert self.layout is not None
-        limits = (16, self.config.scheduler.max_num_batched_tokens, self.layout.max_tokens - DUMMY_OUTPUTS)
-        if (length := min(*limits, self.config.model.max_model_len - DUMMY_OUTPUTS)) > 0:
+        limit = min(self.config.scheduler.max_num_batched_tokens, self.layout.max_tokens - DUMMY_OUTPUTS,
+                    self.config.model.max_model_len - DUMMY_OUTPUTS)
+        length = min(WARM_TOKENS, limit)
+        while 0 < length <= limit:
             self._run_dummy(length, 1)
+            length = 2 * length if self.device.type == "cuda" else limit + 1
+        self.expert_counts(reset=True)  # what ran until now was nobody's request
+
+    def expert_counts(self, reset: bool) -> list[ExpertCounts]:
+        """Read the counts of every layer of experts, in one copy from the device; `reset` to begin anew.
+
+        [] without --expert-stats or without experts.
+        """
+        assert self.loaded is not None, "load_model comes first"
+        layers = [module for module in self.loaded.model.modules() if isinstance(module, Experts)]
+        tallies = {layer.name: layer.counts for layer in layers if layer.counts is not None}
+        if not tallies:
+            return []
+        read = torch.cat(list(tallies.values())).cpu().split([len(tally) for tally in tallies.values()])
+        if reset:
+            for tally in tallies.values():
+                tally.zero_()
+        return [ExpertCounts(layer=name, counts=counts.tolist()) for name, counts in zip(tallies, read)]
 
     def _run_dummy(self, length: int, count: int) -> None:
         """`count` prompts of `length` tokens, then one decode step, through the real path."""

@@ -1,4 +1,4 @@
-"""Quantized matrices of every kind, beside the dense ones they stand for; Triton's interpreter where there is no GPU."""
+"""Quantized matrices of every kind, beside the dense ones they stand for; Triton is interpreted without a GPU."""
 
 from __future__ import annotations
 

@@ -23,6 +23,9 @@ def test_dequant_is_the_definition(make_matrix, code, bits, rows, columns, group
     start = data.draw(st.integers(0, rows))
     stop = data.draw(st.integers(start, rows))
     assert torch.equal(matrix.dequant(start, stop), weight[start:stop])
+    if start < stop:
+        part = matrix.part(start, stop)
+        assert part.rows == stop - start and torch.equal(part.dequant(0, part.rows), weight[start:stop])
     assert matrix.even
     if order:
         assert torch.equal(matrix.groups[matrix.order], torch.arange(columns).int() // (group or columns))

@@ -42,3 +42,27 @@ def test_contract(m, n, k, bits, group, zeros, order, dtype):
         x = activations(kind, m, k, dtype=dtype, device=DEVICE)
         bias = torch.randn(n, dtype=dtype, device=DEVICE) if kind == "positive" else None
         check_product(kernel(x, bias), x, weight, bias, bound=Bound()).require(kind)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="addresses are seen in the interpreter alone")
+def test_no_codes_are_read_beyond_the_last(monkeypatch):
+    """65 tokens take tiles of 128 outputs, and 64 outputs have one strip of codes."""
+    from triton.runtime import interpreter
+
+    matrix, weight = matrix_of(64, 256, 4, 128, zeros=False)
+    kernel, beyond = TritonW4A16Kernel(matrix, torch.float16), []
+    codes = kernel.weights["codes"]
+    longer = torch.cat([codes.flatten(), codes.flatten()])  # what lies behind them is nobody else's
+    kernel.weights["codes"] = longer[: codes.numel()].view(codes.shape)
+    last, end = longer.data_ptr() + codes.numel(), longer.data_ptr() + longer.numel()
+    load = interpreter.InterpreterBuilder.create_masked_load
+
+    def watch(builder, pointers, mask, *rest):
+        read = pointers.data[mask.data]
+        beyond.append(int(((read >= last) & (read < end)).sum()))
+        return load(builder, pointers, mask, *rest)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", watch)
+    x = activations("normal", 65, 256, dtype=torch.float16)
+    check_product(kernel(x), x, weight, bound=Bound()).require()
+    assert beyond and not any(beyond)

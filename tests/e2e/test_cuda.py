@@ -27,7 +27,9 @@ def run(model, params=GREEDY, **settings):
 
 
 @pytest.mark.parametrize("arch, settings", [
-    ("Llama", {}), ("Mistral", {"sliding_window": 13}), ("Qwen2", {"tie_word_embeddings": True})])
+    ("Llama", {}), ("Mistral", {"sliding_window": 13}), ("Qwen2", {"tie_word_embeddings": True}),
+    ("DeepseekV2", dict(num_key_value_heads=4, q_lora_rank=48, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8,
+                        v_head_dim=24, n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=32))])
 def test_cuda_gives_the_cpus_greedy_ids(arch, settings, make_checkpoint):
     model = make_checkpoint(arch, **settings)
     cpu, _ = run(model, device="cpu", dtype="float32", num_gpu_blocks_override=100)

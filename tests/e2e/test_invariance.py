@@ -26,6 +26,16 @@ SEEDED = [
 ]
 
 
+MODELS = {
+    "llama": ("Llama", {}),
+    "mixtral": ("Mixtral", {"sliding_window": 24}),
+    "deepseek": ("DeepseekV2", dict(
+        num_key_value_heads=4, q_lora_rank=48, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=24,
+        n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=3, moe_intermediate_size=32,
+        first_k_dense_replace=1, topk_method="group_limited_greedy", n_group=4, topk_group=2)),
+}
+
+
 @contextmanager
 def engine(model, **settings):
     llm = LLM(str(model), use_tqdm_on_load=False, **({"num_gpu_blocks_override": 200, "dtype": "float32"} | settings))
@@ -43,15 +53,21 @@ def run(llm, params):
     return tokens(llm.generate(PROMPTS, params, use_tqdm=False))
 
 
+@pytest.fixture(scope="module", params=MODELS)
+def model(request, make_checkpoint):
+    arch, settings = MODELS[request.param]
+    return make_checkpoint(arch, **settings)
+
+
 @pytest.fixture(scope="module", params=["greedy", "seeded"])
 def params(request):
     return GREEDY if request.param == "greedy" else SEEDED
 
 
 @pytest.fixture(scope="module")
-def alone(llama, params):
+def alone(model, params):
     """Each prompt by itself, on an engine without prefix cache whose steps hold any prompt whole."""
-    with engine(llama, enable_prefix_caching=False) as llm:
+    with engine(model, enable_prefix_caching=False) as llm:
         each = params if isinstance(params, list) else [params] * len(PROMPTS)
         return [tokens(llm.generate([p], s, use_tqdm=False))[0] for p, s in zip(PROMPTS, each)]
 
@@ -71,13 +87,13 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("case", SETTINGS)
-def test_together_is_alone(case, llama, params, alone):
-    with engine(llama, **SETTINGS[case]) as llm:
+def test_together_is_alone(case, model, params, alone):
+    with engine(model, **SETTINGS[case]) as llm:
         assert run(llm, params) == alone
 
 
-def test_cached_is_cold(llama, params, alone):
-    with engine(llama) as llm:
+def test_cached_is_cold(model, params, alone):
+    with engine(model) as llm:
         first = llm.generate(PROMPTS, params, use_tqdm=False)
         second = llm.generate(PROMPTS, params, use_tqdm=False)
         assert tokens(first) == tokens(second) == alone
@@ -88,10 +104,10 @@ def test_cached_is_cold(llama, params, alone):
 
 
 @pytest.mark.parametrize("prefix_cache", [True, False])
-def test_preempted_is_not(llama, params, alone, monkeypatch, prefix_cache):
+def test_preempted_is_not(model, params, alone, monkeypatch, prefix_cache):
     monkeypatch.setenv("NYBBLE_TEST_FORCE_PREEMPT", "0.5")
     monkeypatch.setenv("NYBBLE_STRICT_KV", "1")
-    with engine(llama, enable_prefix_caching=prefix_cache, max_num_batched_tokens=48, max_num_seqs=8) as llm:
+    with engine(model, enable_prefix_caching=prefix_cache, max_num_batched_tokens=48, max_num_seqs=8) as llm:
         preempted = 0
         add = llm.llm_engine.client.core.executor.execute_model
 
@@ -105,12 +121,12 @@ def test_preempted_is_not(llama, params, alone, monkeypatch, prefix_cache):
         assert preempted > 10
 
 
-def test_greedy_is_transformers(llama, transformers_greedy):
-    with engine(llama) as llm:
-        assert run(llm, GREEDY) == [[ids] for ids in transformers_greedy(llama, PROMPTS, 20)]
+def test_greedy_is_transformers(model, transformers_greedy):
+    with engine(model) as llm:
+        assert run(llm, GREEDY) == [[ids] for ids in transformers_greedy(model, PROMPTS, 20)]
 
 
-@pytest.mark.parametrize("name", ["llama-bf16", "qwen2-bf16"])
+@pytest.mark.parametrize("name", ["llama-bf16", "qwen2-bf16", "dsv2-bf16", "dsv2lite-bf16"])
 def test_greedy_is_the_oracle(name, shared_fixtures):
     oracle = load_file(shared_fixtures / name / "oracle" / "oracle.safetensors")
     prompts = [oracle[f"input_ids_{i}"].flatten().tolist() for i in range(3)]

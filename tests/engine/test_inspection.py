@@ -59,3 +59,27 @@ def test_a_method_that_no_layer_is_stored_by_is_refused(qwen2, command, capsys):
     config = '{"quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic"}}'
     assert main([command[0], str(qwen2), *command[1:], "--hf-overrides", config]) == 3
     assert "no layer is stored that way" in capsys.readouterr().err
+
+
+def test_experts_router_and_shared_experts_are_counted_apart(make_checkpoint, capsys):
+    folder = make_checkpoint("Qwen2Moe", moe_intermediate_size=48, shared_expert_intermediate_size=80, num_experts=6,
+                             num_experts_per_tok=2, mlp_only_layers=[1])
+    sizes = {name: tensor.nbytes for name, tensor in load_file(folder / "model.safetensors").items()}
+    layer = "model.layers.0.mlp."
+    expected = {role: sum(size for name, size in sizes.items() if name.startswith(tuple(f"{layer}{p}" for p in parts)))
+                for role, parts in {"router": ["gate."], "experts": ["experts."],
+                                    "shared": ["shared_expert.", "shared_expert_gate."]}.items()}
+    expected["mlp"] = sum(size for name, size in sizes.items() if name.startswith("model.layers.1.mlp."))
+    found = inspect(folder).bytes_by_role
+    assert {role: found[role] for role in expected} == expected and all(expected.values())
+    assert sum(found.values()) == sum(sizes.values())
+    assert main(["inspect", str(folder)]) == 0
+    assert "model.layers.*.mlp.experts.*.gate_proj+up_proj x6" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, experts", [("mixtral-gptq-int4", 8), ("qwen2moe-fp8-block", 8)])
+def test_what_quantizers_wrote(shared_fixtures, name, experts):
+    found = inspect(shared_fixtures / name)
+    assert not found.problems and not found.findings
+    assert sum(".experts." in layer.name for layer in found.layers) == 2 * experts
+    assert found.bytes_by_role["experts"] == sum(layer.bytes for layer in found.layers if ".experts." in layer.name)

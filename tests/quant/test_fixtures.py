@@ -1,26 +1,57 @@
-"""Every Llama and Qwen2 checkpoint that a real quantizer wrote, against the tool's own dequantization."""
+"""Every checkpoint that a real quantizer wrote, against the tool's own dequantization."""
 
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from nybble import LLM, SamplingParams
 
 NAMES = [
+    "dsv2-awq", "dsv2-bf16", "dsv2-ct-fp8-dynamic", "dsv2-fp8-block-partial", "dsv2-fp8-static", "dsv2-gptq-int4",
+    "dsv2-gptq-int4-actorder", "dsv2lite-awq", "dsv2lite-awq-g64", "dsv2lite-bf16", "dsv2lite-ct-fp8-dynamic",
+    "dsv2lite-ct-fp8-static", "dsv2lite-fp8-block", "dsv2lite-gptq-int4",
     "llama-awq", "llama-ct-fp8-dynamic", "llama-ct-w4a16-actorder", "llama-fp8-block", "llama-fp8-static",
     "llama-gptq-int4", "llama-gptq-int4-actorder", "llama-gptq-int4-asym-v2",
-    "mixtral-awq", "mixtral-bf16", "mixtral-ct-fp8-dynamic", "mixtral-ct-w4a16", "mixtral-fp8-block", "mixtral-fp8-static",
-    "mixtral-gptq-int4", "mixtral-gptq-int4-actorder", "mixtral-gptq-int4-asym", "mixtral-gptq-int8", "qwen2-awq", "qwen2-ct-fp8-dynamic",
-    "qwen2-ct-fp8-static", "qwen2-fp8-block", "qwen2-gptq-int4",
+    "mixtral-awq", "mixtral-bf16", "mixtral-ct-fp8-dynamic", "mixtral-ct-w4a16", "mixtral-ct-w4a16-halftf5names",
+    "mixtral-fp8-block", "mixtral-fp8-static", "mixtral-fp8-static-tf5names", "mixtral-gptq-int4",
+    "mixtral-gptq-int4-actorder", "mixtral-gptq-int4-actorder-tf5names", "mixtral-gptq-int4-asym", "mixtral-gptq-int8",
+    "qwen2-awq", "qwen2-ct-fp8-dynamic", "qwen2-ct-fp8-static", "qwen2-fp8-block", "qwen2-gptq-int4",
+    "qwen2moe-awq", "qwen2moe-bf16", "qwen2moe-ct-fp8-dynamic", "qwen2moe-fp8-block", "qwen2moe-fp8-static",
+    "qwen2moe-gptq-int4",
 ]
 PROMPTS = range(3)
 # llm-compressor rounds the inputs of an expert, which are two-dimensional, by one scale for all its tokens, where the
 # format says one for each token: its result depends on the batch, and ours is nearer to it than unrounded inputs are.
 ONE_SCALE = ("mixtral-ct-fp8-dynamic", "qwen2moe-ct-fp8-dynamic", "dsv2-ct-fp8-dynamic", "dsv2lite-ct-fp8-dynamic")
+# What quantizers that run on transformers 5 call Mixtral's experts, llm-compressor under the old name of their block.
+RENAMED = {".w1.": ".gate_proj.", ".w3.": ".up_proj.", ".w2.": ".down_proj."}
+MOVED = {**RENAMED, ".block_sparse_moe.": ".mlp."}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(shared_fixtures, tmp_path_factory):
+    """checkpoint(name) -> folder; "-tf5names" and "-halftf5names" are copies with their tensors renamed."""
+
+    def find(name: str) -> Path:
+        base, _, form = name.rpartition("-")
+        names = {"halftf5names": RENAMED, "tf5names": MOVED}.get(form)
+        if names is None:
+            return shared_fixtures / name
+        folder = tmp_path_factory.mktemp(name)
+        shutil.copytree(shared_fixtures / base, folder, dirs_exist_ok=True)
+        tensors = load_file(folder / "model.safetensors")
+        for old, new in names.items():
+            tensors = {key.replace(old, new): value for key, value in tensors.items()}
+        save_file(tensors, folder / "model.safetensors")
+        return folder
+
+    return find
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -29,15 +60,16 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_logits(name, shared_fixtures, forward_logits):
+def test_logits(name, checkpoint, forward_logits):
     """Float arithmetic on stored weights is exact to rounding; with quantized activations the tool's own noise is
     reproduced: a hundred times nearer to its result than that is to the result with float activations. (At a single
     position a value on the edge between two codes may fall the other way.)"""
-    oracle = load_file(shared_fixtures / name / "oracle" / "oracle.safetensors")
+    folder = checkpoint(name)
+    oracle = load_file(folder / "oracle" / "oracle.safetensors")
     for i in PROMPTS:
         ids = oracle[f"input_ids_{i}"].flatten().long()
         expected = oracle[f"logits_{i}"].view(len(ids), -1)
-        found = forward_logits(shared_fixtures / name, ids, (len(ids) // 2,))
+        found = forward_logits(folder, ids, (len(ids) // 2,))
         if f"wonly_logits_{i}" in oracle:
             noise = distance(oracle[f"wonly_logits_{i}"].view(len(ids), -1), expected)
             sure = oracle.get(f"router_gap_{i}", torch.ones(len(ids))).flatten()[: len(ids)] > 1e-3
@@ -48,11 +80,12 @@ def test_logits(name, shared_fixtures, forward_logits):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_greedy_ids(name, shared_fixtures):
+def test_greedy_ids(name, checkpoint):
     """Equal up to the first step that the oracle itself calls close, where its own two ways of decoding agree."""
-    stats = json.loads((shared_fixtures / name / "oracle" / "oracle.json").read_text())["stats"]
-    oracle = load_file(shared_fixtures / name / "oracle" / "oracle.safetensors")
-    llm = LLM(str(shared_fixtures / name), dtype="float32", device="cpu", num_gpu_blocks_override=50,
+    folder = checkpoint(name)
+    stats = json.loads((folder / "oracle" / "oracle.json").read_text())["stats"]
+    oracle = load_file(folder / "oracle" / "oracle.safetensors")
+    llm = LLM(str(folder), dtype="float32", device="cpu", num_gpu_blocks_override=50,
               use_tqdm_on_load=False)
     prompts = [oracle[f"input_ids_{i}"].flatten().tolist() for i in PROMPTS]
     outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=16, ignore_eos=True), use_tqdm=False)
@@ -63,3 +96,27 @@ def test_greedy_ids(name, shared_fixtures):
         close = (oracle[f"greedy_margin_{i}"].flatten() < 0.1).tolist()
         sure = close.index(True) if True in close else len(close)
         assert output.outputs[0].token_ids[:sure] == oracle[f"greedy_{i}"].flatten().tolist()[:sure]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("moe", ["fused", "reference"])
+def test_logits_on_cuda(name, moe, checkpoint, forward_logits):
+    """In 16 bits: within 2 % of the oracle (DeepSeek-V2 4 %) at the median position. With quantized activations about
+    as near as unquantized ones are: an input that 16 bits move by a little gets another code now and then, on CPU too
+    (0.7 to 1.1 times their distance), where roundings that have nothing in common would be 1.4 times as far."""
+    if moe == "reference" and not name.startswith(("mixtral", "qwen2moe", "dsv2")):
+        pytest.skip("no experts")
+    folder = checkpoint(name)
+    oracle = load_file(folder / "oracle" / "oracle.safetensors")
+    for i in PROMPTS:
+        ids = oracle[f"input_ids_{i}"].flatten().long()
+        expected = oracle[f"logits_{i}"].view(len(ids), -1)
+        found = forward_logits(folder, ids, (len(ids) // 2,), "cuda", dtype="float16",
+                               **({"moe_backend": moe} if moe == "reference" else {}))
+        sure = oracle.get(f"router_gap_{i}", torch.ones(len(ids))).flatten()[: len(ids)] > 1e-2
+        if f"wonly_logits_{i}" in oracle:
+            limit = distance(oracle[f"wonly_logits_{i}"].view(len(ids), -1), expected)[sure].median() * 1.25
+        else:
+            limit = 0.04 if name.startswith("dsv2") else 0.02
+        assert distance(found, expected)[sure].median() < limit

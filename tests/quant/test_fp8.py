@@ -244,6 +244,17 @@ def test_scales_that_cannot_be_meant(name, value):
         load(STATIC, 8, part)
 
 
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+@pytest.mark.parametrize("settings", [{}, BLOCKS], ids=["tensor", "blocks"])
+def test_weights_that_are_nan_are_refused(settings, code):
+    """The kernel of tiles would multiply by 480 instead."""
+    weight = matrix(4, 8)
+    weight.view(U8)[2, 5] = code
+    scale = {"weight_scale_inv": scales(1, 1)} if settings else {"weight_scale": scales()}
+    with pytest.raises(CheckpointError, match="a: weight holds NaN"):
+        load(settings, 8, {"weight": weight, **scale})
+
+
 @pytest.mark.parametrize("name, ignored", [
     ("mlp.up_proj.weight_scale_inv", True), ("mlp.up_proj.weight_scale", False), ("mlp.up_proj.output_scale", False),
     ("self_attn.k_proj.input_scale", False), ("self_attn.k_proj.bias", False), ("self_attn.k_scale", False),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -91,18 +92,30 @@ def greedy(folder: Path, **settings) -> tuple[list[int], dict[str, str]]:
     return output.outputs[0].token_ids, schemes
 
 
-def test_tokens_are_those_of_a_checkpoint_quantized_beforehand(llama, tmp_path):
-    tensors = load_file(llama / "model.safetensors")
-    for name in [name for name in tensors if "_proj" in name]:
+QWEN2MOE = {"moe_intermediate_size": 48, "shared_expert_intermediate_size": 80, "num_experts": 6,
+            "num_experts_per_tok": 2}
+
+
+@pytest.mark.parametrize("arch, settings", [("Llama", {}), ("Mixtral", {}), ("Qwen2Moe", QWEN2MOE)],
+                         ids=["Llama", "Mixtral", "Qwen2Moe"])
+def test_tokens_are_those_of_a_checkpoint_quantized_beforehand(arch, settings, make_checkpoint, stacked, tmp_path):
+    source = make_checkpoint(arch, **settings)
+    tensors = load_file(source / "model.safetensors")
+    for name in [name for name in tensors if re.search(r"(_proj|\.w[123])\.weight$", name)]:
         codes, scales = quantize(tensors[name], ROW)
         tensors |= {name: codes, f"{name}_scale": scales}
     save_file(tensors, tmp_path / "model.safetensors")
-    config = json.loads((llama / "config.json").read_text())
+    config = json.loads((source / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": FP8_CHANNEL}))
-    tokens, schemes = greedy(llama, quantization="fp8")
+    tokens, schemes = greedy(source, quantization="fp8")
     assert (tokens, schemes) == greedy(tmp_path)
-    assert schemes.pop("lm_head") == "float32"
-    assert set(schemes.values()) == {"fp8, input fp8_e4m3 per token dynamic"}
+    plain = {name for name, scheme in schemes.items() if scheme == "float32"}
+    assert "lm_head" in plain and all(name == "lm_head" or name.endswith(".shared_expert_gate") for name in plain)
+    assert {schemes[name] for name in schemes.keys() - plain} == {"fp8, input fp8_e4m3 per token dynamic"}
+    if arch != "Llama":
+        from_stacks, schemes = greedy(stacked(source), quantization="fp8")
+        assert from_stacks == tokens and {schemes[name] for name in schemes if ".experts." in name} == {
+            "fp8, input fp8_e4m3 per token dynamic"}
 
 
 def test_a_method_that_cannot_says_so(llama):
@@ -110,9 +123,18 @@ def test_a_method_that_cannot_says_so(llama):
         LLM(str(llama), quantization="gptq", skip_tokenizer_init=True)
 
 
-def test_peak_memory(make_checkpoint, tmp_path):
+BIG = {
+    "dense": ("Llama", dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=4)),
+    "stacks": ("Mixtral", dict(hidden_size=512, intermediate_size=1536, num_local_experts=18, num_hidden_layers=1)),
+}
+
+
+@pytest.mark.parametrize("kind", BIG)
+def test_peak_memory(kind, make_checkpoint, stacked):
     """Loading 40 M matrix elements takes their FP8 bytes and a piece, far from the 80 MB of 16 bits on top."""
-    folder = make_checkpoint("Llama", hidden_size=1024, intermediate_size=2816, num_hidden_layers=4, vocab_size=300)
+    arch, settings = BIG[kind]
+    folder = make_checkpoint(arch, vocab_size=300, **settings)
+    folder = stacked(folder) if kind == "stacks" else folder
     done = subprocess.run([sys.executable, "-c", MEASURE, str(folder)], capture_output=True, text=True, check=True)
     linear, peak = map(int, done.stdout.split())
     assert linear > 40e6

@@ -10,9 +10,10 @@ import torch
 from nybble import hookimpl
 from nybble.engine.attention.select import attention_problems, choose_attention_backend
 from nybble.engine.attention.torch_paged import TorchPagedBackend
-from nybble.models import Attention
+from nybble.models import Attention, MLAAttention
 from nybble.plugins.errors import UsageError
 from nybble.plugins.manager import PluginHost
+from nybble.quant import LayerShape, Linear, Part, Unquantized
 
 
 class Eager(TorchPagedBackend):
@@ -69,3 +70,20 @@ def test_an_unknown_pin_names_the_nearest(host):
 
 def test_equal_layers_are_one_problem():
     assert len(problems(64, layers=12)) == 1
+
+
+class PlainOnly(Eager):
+    @classmethod
+    def supports(cls, problem):
+        return None if problem.kv_lora_rank is None else f"latent attention over {problem.kv_lora_rank}"
+
+
+def test_a_backend_may_refuse_latents(host):
+    cpu = dict(dtype=torch.float32, device=torch.device("cpu"))
+    kv_b = Linear("", LayerShape(in_features=32, parts=(Part(name="kv_b_proj", size=2 * 40),)), Unquantized(), **cpu)
+    layer = MLAAttention(0, kv_b, num_heads=2, qk_nope_head_dim=16, qk_rope_head_dim=8, kv_lora_rank=32, v_head_dim=24,
+                         scale=1.0)
+    resolve, host.resolve = host.resolve, lambda kind, name: PlainOnly if name == "eager" else resolve(kind, name)
+    with pytest.raises(UsageError, match="eager: latent attention over 32"):
+        choose_attention_backend(attention_problems([layer], block_size=16, **cpu), "eager", host)
+    assert choose_attention_backend(problems(8), "eager", host).chosen is PlainOnly

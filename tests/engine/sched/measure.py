@@ -13,7 +13,7 @@ from nybble.engine.sched.scheduler import Scheduler
 
 def measure(*, seqs: int, prompt: int, steps: int, caching: bool, drafts: int) -> str:
     """Median milliseconds of schedule() and update() over `steps` steps of `seqs` decoding requests."""
-    spec = KVCacheSpec(num_kv_heads=1, head_size=8, dtype_bytes=2)
+    spec = KVCacheSpec(shape=(2, 1, 8), dtype_bytes=2)
     scheduler = Scheduler(
         scheduler=SchedulerConfig(max_num_seqs=seqs, max_num_batched_tokens=seqs * prompt),
         cache=CacheConfig(enable_prefix_caching=caching),

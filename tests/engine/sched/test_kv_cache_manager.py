@@ -14,7 +14,7 @@ from nybble.engine.request import EngineCoreRequest, SamplingParams
 from nybble.engine.sched.kv_cache_manager import KVCacheManager
 from nybble.engine.sched.request import Request
 
-SPEC = KVCacheSpec(num_kv_heads=1, head_size=8, dtype_bytes=4)
+SPEC = KVCacheSpec(shape=(2, 1, 8), dtype_bytes=4)
 LIMIT = 24
 PLAIN, WHOLE = SamplingParams(), SamplingParams(prompt_logprobs=0)
 

@@ -12,7 +12,7 @@ from nybble.engine.request import EngineCoreOutput, EngineCoreRequest, SamplingP
 from nybble.engine.sched.scheduler import Scheduler
 from nybble.plugins.errors import RequestError
 
-SPEC = KVCacheSpec(num_kv_heads=1, head_size=8, dtype_bytes=4)
+SPEC = KVCacheSpec(shape=(2, 1, 8), dtype_bytes=4)
 EOS, STOP = 100, 101
 
 

@@ -24,7 +24,7 @@ from nybble.engine.sched.scheduler import Scheduler
 
 VOCAB, EOS, STOP = 37, 0, 1
 MAX_LEN = 32
-SPEC = KVCacheSpec(num_kv_heads=1, head_size=8, dtype_bytes=4)
+SPEC = KVCacheSpec(shape=(2, 1, 8), dtype_bytes=4)
 
 
 def prefixes(salt: str | None, tokens: list[int]) -> list[int]:

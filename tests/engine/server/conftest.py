@@ -15,6 +15,7 @@ import pytest
 import uvloop
 
 from nybble.engine.config import EngineConfig, ModelConfig
+from nybble.engine.expert_stats import check_counting
 from nybble.engine.request import CompletionOutput, Logprob, RequestOutput, RequestOutputKind
 from nybble.engine.server.api import Limits
 from nybble.engine.server.app import build_app, web_server
@@ -90,6 +91,7 @@ class FakeEngine:
     aborted: list[str] = field(default_factory=list)
     listeners: list[Any] = field(default_factory=list)
     config: EngineConfig = CONFIG
+    counted: Any = None  # called for what expert_counts gives; None is an engine that does not count
 
     async def start(self) -> None:
         await asyncio.sleep(self.delay)
@@ -102,6 +104,10 @@ class FakeEngine:
 
     def add_stats_listener(self, listener: Any) -> None:
         self.listeners.append(listener)
+
+    async def expert_counts(self, reset=False):
+        check_counting(self.counted is not None)
+        return await self.counted(reset)
 
     async def generate(self, prompt, sampling_params, request_id, *, priority=0, cache_salt=None):
         self.seen.append(

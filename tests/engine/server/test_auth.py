@@ -34,7 +34,7 @@ def test_every_route_is_closed(locked):
         ("GET", "/nowhere"),
         ("POST", "/metrics"),
     }
-    assert len(routes) == 22
+    assert len(routes) == 25
     for method, path in sorted(routes):
         path = path.replace("{model:path}", "fake")
         for header in WRONG:

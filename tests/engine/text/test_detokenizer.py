@@ -19,6 +19,7 @@ def deltas(detokenizer: Detokenizer, ids: list[int]) -> list[str]:
 
 @settings(max_examples=100, deadline=None)
 @given(text=TEXTS)
+@example(text="中文\ufffd")
 def test_text_survives_any_tokenizer(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
     parts = deltas(Detokenizer(tokenizer), ids)

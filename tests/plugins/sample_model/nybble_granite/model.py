@@ -63,7 +63,7 @@ def granite_layer(index, c, make):
     attention = SelfAttention(
         attn.fused([("q_proj", q), ("k_proj", kv), ("v_proj", kv)], c.hidden),
         Attention(index, num_heads=c.heads, num_kv_heads=c.kv_heads, head_dim=c.head_dim,
-                  scale=c.on_attention),
+                  scale=c.on_attention, prefix=attn.prefix),
         attn.linear("o_proj", q, c.hidden),
     )
     feed_forward = GatedMLP(
