@@ -32,6 +32,11 @@ def missing(device: torch.device, needed: tuple[int, int]) -> str | None:
     return None
 
 
+def lacks_fp8(device: torch.device) -> bool:
+    """Whether Triton has no FP8 type for a device: kernels are then given the codes as int8, and `FP8_BITS`."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9)
+
+
 def split_blocks(tiles: int, blocks: int, programs: int) -> int:
     """Into how many parts to split the inputs of a product of `tiles` programs, so that `programs` are in flight."""
     wanted = -(-programs // tiles)

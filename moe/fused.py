@@ -55,10 +55,15 @@ class FusedBackend(MoEBackend):
                     assert isinstance(stack, CodedStack | PackedStack)
                     stack.put(number, matrix)
             for linear in expert.linears():
-                linear.release(linear.nbytes)
+                linear.release(0)
         self.tensors = {f"{name}.{key}": tensor
                         for name, stack in (("gate", self.gate), ("up", self.up), ("down", self.down))
                         for key, tensor in stack.tensors.items()}
+        for expert in experts:
+            *beside, below = expert.linears()
+            for linear in beside:
+                linear.release((self.gate.nbytes + self.up.nbytes) // len(experts) // len(beside))
+            below.release(self.down.nbytes // len(experts))
 
     def __call__(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         tokens, top_k = experts.shape

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..launch import Tile
+from ..launch import Tile, lacks_fp8
 from ..matrix import QuantizedMatrix
 from ..moe_route import Layout
 from ..quantize import triton_quantize
@@ -32,6 +32,10 @@ class Stack(ABC):
             if name not in self.tensors:
                 self.tensors[name] = part.new_empty(self.count, *part.shape)
             self.tensors[name][number] = part
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @abstractmethod
     def run(self, x: Tensor, layout: Layout, out: Tensor, tile: Tile, *, rows_per_slot: int, up: Stack | None) -> None:
@@ -80,16 +84,19 @@ class CodedStack(Stack):
         x_scales = x
         if self.activation is not None:
             x, x_scales = triton_quantize(x, self.activation)
+        up_codes = other.tensors["codes"]
+        if fp8_bits := codes.dtype == torch.float8_e4m3fn and lacks_fp8(codes.device):
+            codes, up_codes = codes.view(torch.int8), up_codes.view(torch.int8)
         scales, up_scales = self.tensors.get("scales", codes), other.tensors.get("scales", codes)
         rows = scales if self.scale_rows is None else self.scale_rows
         up_rows = scales if other.scale_rows is None else other.scale_rows
         coded_experts_kernel[(layout.max_tiles * -(-outputs // tile.n),)](
             x, x_scales, layout.slots, layout.tiles, out,
-            codes, scales, rows, other.tensors["codes"], up_scales, up_rows,
+            codes, scales, rows, up_codes, up_scales, up_rows,
             layout.max_tiles, outputs, inputs, codes.shape[2], x_scales.shape[1], scales.shape[-1], scales[0].numel(),
             up_scales[0].numel(), GATED=up is not None, ROWS_PER_SLOT=rows_per_slot, KIND_PLAIN=self.plain,
             W_GROUP=self.w_group, X_GROUP=self.x_group, X_SCALED=self.activation is not None,
-            HAS_ROWS=self.scale_rows is not None, UPCAST=x.device.type == "cpu",
+            HAS_ROWS=self.scale_rows is not None, UPCAST=x.device.type == "cpu", FP8_BITS=fp8_bits,
             BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=self.block, num_warps=tile.warps, num_stages=tile.stages,
         )
 

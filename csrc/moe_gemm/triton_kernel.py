@@ -5,13 +5,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..triton_fp8 import fp8_values
+
 
 @triton.jit
 def _coded(
     x_at, row_in, w_ptr, scale_ptr, scale_row_ptr, x_scale_ptr, rows, n, n_in,
     K, w_stride, x_groups, w_groups,
     KIND_PLAIN: tl.constexpr, W_GROUP: tl.constexpr, X_GROUP: tl.constexpr, X_SCALED: tl.constexpr,
-    HAS_ROWS: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_ROWS: tl.constexpr, UPCAST: tl.constexpr, FP8_BITS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """[BLOCK_N, BLOCK_M] float32: rows of one expert's weights, one value a code, times gathered inputs, scaled."""
@@ -27,6 +29,8 @@ def _coded(
         first = block * BLOCK_K
         w = tl.load(w_at + first, mask=n_in[:, None], other=0.0)
         x = tl.load(x_at + (first + k)[:, None], mask=row_in[None, :] & (first + k < K)[:, None], other=0.0)
+        if FP8_BITS:
+            w = fp8_values(w)
         if UPCAST and not INTEGER:
             w, x = w.to(tl.float32), x.to(tl.float32)
         elif not X_SCALED and not KIND_PLAIN:
@@ -123,7 +127,7 @@ def coded_experts_kernel(
     max_tiles, N, K, w_stride, x_groups, w_groups, scale_stride, up_scale_stride,
     GATED: tl.constexpr, ROWS_PER_SLOT: tl.constexpr, KIND_PLAIN: tl.constexpr, W_GROUP: tl.constexpr,
     X_GROUP: tl.constexpr, X_SCALED: tl.constexpr, HAS_ROWS: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    FP8_BITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """out [slots, N] = x[slot // ROWS_PER_SLOT] W_e^T, W one value a code; GATED: silu of it times the same of `up`."""
     expert, n, slots, rows = _tile(slot_ptr, tile_ptr, max_tiles, N, ROWS_PER_SLOT, BLOCK_M, BLOCK_N)
@@ -134,11 +138,11 @@ def coded_experts_kernel(
     base = expert.to(tl.int64) * N * w_stride
     out = _coded(x_at, row_in, w_ptr + base, scale_ptr + expert * scale_stride, scale_row_ptr, x_scale_ptr, rows,
                  n, n_in, K, w_stride, x_groups, w_groups, KIND_PLAIN, W_GROUP, X_GROUP, X_SCALED, HAS_ROWS, UPCAST,
-                 BLOCK_M, BLOCK_N, BLOCK_K)
+                 FP8_BITS, BLOCK_M, BLOCK_N, BLOCK_K)
     if GATED:
         up = _coded(x_at, row_in, up_ptr + base, up_scale_ptr + expert * up_scale_stride, up_scale_row_ptr, x_scale_ptr,
                     rows, n, n_in, K, w_stride, x_groups, w_groups, KIND_PLAIN, W_GROUP, X_GROUP, X_SCALED, HAS_ROWS,
-                    UPCAST, BLOCK_M, BLOCK_N, BLOCK_K)
+                    UPCAST, FP8_BITS, BLOCK_M, BLOCK_N, BLOCK_K)
         out = out / (1.0 + tl.exp(-out)) * up
     _store(out_ptr, out, slots, n, N, n_in)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..launch import Tile, add_splits, missing, multiprocessors, split_blocks, tile_for
+from ..launch import Tile, add_splits, lacks_fp8, missing, multiprocessors, split_blocks, tile_for
 from ..matrix import QuantizedMatrix
 from ..quantize import triton_quantize
 from ..select import LinearKernel, Problem
@@ -21,6 +22,13 @@ TILES = (Tile(n=64, m=16, warps=4, stages=3), Tile(n=64, m=64, warps=4, stages=4
          Tile(n=128, m=128, warps=8, stages=4))
 # Programs for each multiprocessor: enough loads in flight to hide memory's latency.
 WAVES = 2
+
+
+def tiles_within(memory: int, block: int, itemsize: int) -> tuple[Tile, ...]:
+    """TILES, with fewer stages where they would need more bytes of shared memory than `memory`: consumer devices have
+    less than half of an H100's. Each stage but one holds `block` weights of 8 bits and inputs of `itemsize` bytes."""
+    return tuple(replace(tile, stages=max(1, min(tile.stages, 1 + memory // (block * (tile.n + tile.m * itemsize)))))
+                 for tile in TILES)
 
 
 class _ScaledKernel(LinearKernel):
@@ -40,12 +48,20 @@ class _ScaledKernel(LinearKernel):
         scales = matrix.scales.float()
         if matrix.scale_rows is None:
             scales = scales.expand(matrix.rows, -1)
+        self.fp8_bits = scheme.code == "fp8_e4m3" and lacks_fp8(codes.device)
+        if self.fp8_bits:
+            codes = codes.view(torch.int8)
         self.weights = {"codes": codes.contiguous(), "scales": scales.contiguous()}
         if matrix.scale_rows is not None:
             self.weights["scale_rows"] = matrix.scale_rows.int()
         if self.activation is not None and matrix.input_scale is not None:
             self.weights["input_scale"] = matrix.input_scale.float()
         self.programs = WAVES * multiprocessors(codes.device)
+        self.tiles: tuple[Tile, ...] = TILES
+        if codes.is_cuda:
+            # CUDA keeps 1 KiB of a multiprocessor's for itself; one program may have the rest.
+            memory = torch.cuda.get_device_properties(codes.device).shared_memory_per_multiprocessor - 1024
+            self.tiles = tiles_within(memory, self.block, 1 if self.activation is not None else dtype.itemsize)
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         from .triton_kernel import scaled_kernel
@@ -59,7 +75,7 @@ class _ScaledKernel(LinearKernel):
         x_scales = scales
         if self.activation is not None:
             rows, x_scales = triton_quantize(rows, self.activation, weights.get("input_scale"))
-        tile, blocks = tile_for(tokens, TILES), codes.shape[1] // self.block
+        tile, blocks = tile_for(tokens, self.tiles), codes.shape[1] // self.block
         tiles = -(-self.rows // tile.n) * -(-tokens // tile.m)
         splits = split_blocks(tiles, blocks, self.programs)
         target = out if splits == 1 else out.new_empty(splits, *out.shape, dtype=torch.float32)
@@ -68,7 +84,7 @@ class _ScaledKernel(LinearKernel):
             tokens, self.rows, self.columns, codes.shape[1], blocks, -(-blocks // splits), x_scales.shape[1],
             scales.shape[1], W_GROUP=self.w_group, X_GROUP=self.x_group, X_SCALED=self.activation is not None,
             HAS_ROWS="scale_rows" in weights, HAS_BIAS=bias is not None, SPLIT=splits > 1,
-            EVEN_K=self.columns == codes.shape[1], UPCAST=x.device.type == "cpu",
+            EVEN_K=self.columns == codes.shape[1], UPCAST=x.device.type == "cpu", FP8_BITS=self.fp8_bits,
             BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=self.block, num_warps=tile.warps, num_stages=tile.stages,
         )
         if splits > 1:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..triton_fp8 import fp8_values
+
 
 @triton.jit
 def scaled_kernel(
     x_ptr, w_ptr, x_scale_ptr, w_scale_ptr, scale_row_ptr, bias_ptr, out_ptr,
     M, N, K, w_stride, blocks, blocks_per_split, x_groups, w_groups,
     W_GROUP: tl.constexpr, X_GROUP: tl.constexpr, X_SCALED: tl.constexpr, HAS_ROWS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, EVEN_K: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, EVEN_K: tl.constexpr, UPCAST: tl.constexpr, FP8_BITS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """out [M, N] = x [M, K] W^T, one tile of [BLOCK_N outputs, BLOCK_M tokens] a program.
@@ -20,7 +22,7 @@ def scaled_kernel(
     are BLOCK_Ks that share a scale; 0: all of a row do, and it is applied once, at the end. X_SCALED: x is codes, with
     scales [M, x_groups]. w_scale is [R, w_groups], its row of output n scale_row[n] with HAS_ROWS, else n. With SPLIT,
     program (., s) writes float32 [s, M, N]; the caller adds the splits up. UPCAST multiplies in float32, for the
-    interpreter.
+    interpreter. FP8_BITS: w is FP8 codes, given as int8.
     """
     tiles_n = tl.cdiv(N, BLOCK_N)
     pid, split = tl.program_id(0), tl.program_id(1)
@@ -45,6 +47,8 @@ def scaled_kernel(
             x = tl.load(x_at + first, mask=m_in[None, :], other=0.0)
         else:
             x = tl.load(x_at + first, mask=m_in[None, :] & (first + k < K)[:, None], other=0.0)
+        if FP8_BITS:
+            w = fp8_values(w)
         if UPCAST and not INTEGER:
             w, x = w.to(tl.float32), x.to(tl.float32)
         elif not X_SCALED:

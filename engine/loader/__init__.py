@@ -68,9 +68,10 @@ def layer_reports(model: CausalLM) -> Iterator[LayerReport]:
 
 def check_pins(model: CausalLM, config: EngineConfig) -> None:
     """Raise UsageError for a pinned kernel or backend that nothing in the model would run: no flag is ignored."""
+    experts = {id(layer) for m in model.modules() if isinstance(m, Experts) for layer in m.layers}
     pins = (
-        ("--linear-backend", config.device.linear_backend, "quantized linear layer",
-         any(isinstance(m, Linear) and not m.method.plain for m in model.modules())),
+        ("--linear-backend", config.device.linear_backend, "quantized linear layer outside of experts",
+         any(isinstance(m, Linear) and not m.method.plain and id(m) not in experts for m in model.modules())),
         ("--moe-backend", config.device.moe_backend, "layer of experts",
          any(isinstance(m, Experts) for m in model.modules())),
     )

@@ -79,6 +79,18 @@ def test_weight_only(m, n, k, code, block, dtype):
         check_product(kernel(x), x, matrix.dequant(0, n), bound=Bound()).require(kind)
 
 
+@pytest.mark.parametrize("block", [None, (128, 128)], ids=["rows", "blocks"])
+@pytest.mark.parametrize("m, n, k", SHAPES)
+def test_a_device_without_fp8(m, n, k, block, monkeypatch):
+    """The codes are decoded by hand where Triton has no such type."""
+    monkeypatch.setattr("nybble.csrc.scaled_gemm.linear.lacks_fp8", lambda device: True)
+    matrix = matrix_of(n, k, "fp8_e4m3", block=block, activation=None)
+    kernel = TritonWeightOnlyKernel(matrix, torch.float16)
+    assert kernel.weights["codes"].dtype == torch.int8
+    x = activations("normal", m, k, dtype=torch.float16, device=DEVICE)
+    check_product(kernel(x), x, matrix.dequant(0, n), bound=Bound()).require("normal")
+
+
 @pytest.mark.parametrize("m, k", [(0, 64), (1, 1), (3, 1408), (5, 200), (2, 5000)])
 @pytest.mark.parametrize("dtype", ["int8", "fp8_e4m3"])
 @pytest.mark.parametrize("group", [None, 128, 48])

@@ -149,7 +149,8 @@ def test_the_hub_names_of_qwen3_settings(make_checkpoint, forward_logits, tmp_pa
     shutil.copytree(source, tmp_path, dirs_exist_ok=True)
     config = json.loads((source / "config.json").read_text())
     config["num_experts"] = config.pop("num_local_experts")
-    (tmp_path / "config.json").write_text(json.dumps({**config, "max_window_layers": 48}))
+    coder = {"use_qk_norm": True, "qkv_bias": False, "shared_expert_intermediate_size": 0}  # what Qwen3-Coder adds
+    (tmp_path / "config.json").write_text(json.dumps({**config, **coder, "max_window_layers": 48}))
     assert torch.equal(forward_logits(tmp_path, LONG), forward_logits(source, LONG))
 
 

@@ -192,6 +192,22 @@ def test_products_keep_the_contract(name, dtype, tile):
         assert not out[ids[:, 0] < 0].any()
 
 
+def test_a_device_without_fp8(monkeypatch):
+    """The codes are decoded by hand where Triton has no such type."""
+    monkeypatch.setattr("nybble.csrc.moe_gemm.stacks.lacks_fp8", lambda device: True)
+    stack, tile = CodedStack(2, SCHEMES["fp8"], None), Tile(n=64, m=16, warps=4, stages=2)
+    matrices = [matrix_of(SCHEMES["fp8"], 72, 320, e) for e in range(2)]
+    for e, matrix in enumerate(matrices):
+        stack.put(e, matrix)
+    ids = torch.tensor([[0], [1], [1], [0], [1]], device=DEVICE)
+    x = activations("normal", 5, 320, dtype=torch.float16, device=DEVICE)
+    out = x.new_zeros(5, 72)
+    stack.run(x, align(ids, 2, tile.m), out, tile, rows_per_slot=1, up=None)
+    for e, matrix in enumerate(matrices):
+        mine = (ids[:, 0] == e).nonzero()[:, 0]
+        check_product(out[mine], x[mine], matrix.dequant(0, 72), bound=Bound()).require(f"expert {e}")
+
+
 @pytest.mark.parametrize("slots, count, block", [(1, 4, 16), (300, 7, 16), (2500, 128, 64), (64, 1, 16), (5, 200, 32)])
 def test_layout(slots, count, block):
     """Every slot lies in exactly one tile, and that tile is its expert's; slots keep their order."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from nybble.csrc.scaled_gemm import TritonScaledKernel, TritonWeightOnlyKernel
+from nybble.csrc.scaled_gemm.linear import TILES, tiles_within
 from nybble.csrc.scheme import Activation, Scheme
 from nybble.csrc.select import Problem
 
@@ -58,3 +59,16 @@ def test_devices(capability):
     assert TritonWeightOnlyKernel.supports(PROBLEM) is None and TritonScaledKernel.supports(int8) is None
     capability(7, 5)
     assert all("needs compute capability 8.0" in kernel.supports(int8) for kernel in BOTH)
+
+
+@pytest.mark.parametrize("memory, itemsize, stages", [
+    (232448, 2, (3, 4, 4, 4)), (232448, 1, (3, 4, 4, 4)),  # Hopper
+    (101376, 2, (3, 4, 3, 3)), (101376, 1, (3, 4, 4, 4)),  # RTX 3090 and 4090, L4, L40S
+    (1000, 2, (1, 1, 1, 1)),
+])
+def test_tiles_fit_the_shared_memory(memory, itemsize, stages):
+    """With 16-bit inputs the large tiles took 120 and 144 KiB, of which consumer devices have 99."""
+    tiles = tiles_within(memory, 128, itemsize)
+    assert tuple(tile.stages for tile in tiles) == stages
+    assert [(tile.n, tile.m, tile.warps) for tile in tiles] == [(tile.n, tile.m, tile.warps) for tile in TILES]
+    assert memory == 1000 or all((t.stages - 1) * 128 * (t.n + t.m * itemsize) <= memory for t in tiles)
