@@ -114,15 +114,17 @@ class DeepseekV2ForCausalLM(DecoderLM):
             norm=body.norm("norm", c.hidden, c.eps),
             head=TiedHead("lm_head", embed) if c.tied else make.linear("lm_head", c.hidden, c.vocab),
         )
-        self.ignored_tensors = {**ROTARY_TABLES, **_prediction_layers(c)}
+        self.ignored_tensors = {**ROTARY_TABLES, **_prediction_layers(c, body)}
 
 
 class DeepseekV3ForCausalLM(DeepseekV2ForCausalLM):
     config_class = DeepseekV3Config
 
 
-def _prediction_layers(c: DeepseekV2Config) -> Mapping[str, str]:
-    numbers = "|".join(str(c.layers + i) for i in range(c.extra_layers))
+def _prediction_layers(c: DeepseekV2Config, make: Make) -> Mapping[str, str]:
+    """Layers behind the last that predict further tokens, told by their `eh_proj` from one that the config forgot."""
+    extra = [c.layers + i for i in range(c.extra_layers) if make.at(f"layers.{c.layers + i}").stores("eh_proj")]
+    numbers = "|".join(map(str, extra))
     return {rf"model\.layers\.({numbers})\..*": "predicts further tokens, which is not implemented"} if numbers else {}
 
 

@@ -142,6 +142,16 @@ def test_layers_that_predict_further_tokens_are_left_out(make_checkpoint, forwar
                 forward_logits(tmp_path, LONG)
 
 
+def test_a_layer_that_the_config_forgot_is_not_taken_for_one(make_checkpoint, forward_logits, tmp_path):
+    folder = make_checkpoint("DeepseekV3", **V3)
+    raw = json.loads((folder / "config.json").read_text())
+    fewer = {**raw, "num_hidden_layers": raw["num_hidden_layers"] - 1, "num_nextn_predict_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(fewer))
+    save_file(load_file(folder / "model.safetensors"), tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"model\.layers\.{raw['num_hidden_layers'] - 1}\."):
+        forward_logits(tmp_path, LONG)
+
+
 REFUSED = {
     "an unknown routing": ({"topk_method": "noaux_tc"}, "topk_method"),
     "sigmoid scores": ({"scoring_func": "sigmoid"}, "scoring_func"),
