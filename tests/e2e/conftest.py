@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from copy import deepcopy
@@ -16,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 GROUP = 32
+BLOCK = 64, 48
+MATRIX = re.compile(r"_proj(_with_mqa)?\.weight|\.w[123]\.weight")
 FILE = "model.safetensors"
 
 
@@ -55,6 +58,17 @@ def fp8(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     return {"weight": codes, "weight_scale": scale}, codes.float() * scale
 
 
+def fp8_block(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Blocks of 64x48, the last ones short."""
+    (rows, columns), (high, wide) = weight.shape, BLOCK
+    padded = torch.nn.functional.pad(weight, (0, -columns % wide, 0, -rows % high))
+    blocks = padded.unflatten(1, (-1, wide)).unflatten(0, (-1, high))
+    scales = blocks.abs().amax((1, 3)) / 448
+    spread = scales.repeat_interleave(high, 0).repeat_interleave(wide, 1)[:rows, :columns]
+    codes = (weight / spread).to(torch.float8_e4m3fn)
+    return {"weight": codes, "weight_scale_inv": scales}, codes.float() * spread
+
+
 def ct(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     codes, scales, dense = four_bits(weight, torch.bfloat16)
     return {"weight_packed": pack(codes.T).T, "weight_scale": scales, "weight_shape": torch.tensor(weight.shape)}, dense
@@ -64,6 +78,7 @@ FORMS: dict[str, tuple[Callable[[Tensor], tuple[dict[str, Tensor], Tensor]], dic
     "gptq": (gptq, {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True}),
     "awq": (awq, {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}),
     "fp8": (fp8, {"quant_method": "fp8", "activation_scheme": None}),
+    "fp8-block": (fp8_block, {"quant_method": "fp8", "activation_scheme": None, "weight_block_size": list(BLOCK)}),
     "ct": (ct, {"quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": [], "config_groups": {
         "group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "symmetric": True,
                                                        "strategy": "group", "group_size": GROUP}}}}),
@@ -104,14 +119,14 @@ class Quantized:
 
 @pytest.fixture(scope="session")
 def quantized(make_checkpoint):
-    """quantized(form, head=False, **config) -> Quantized of a tiny Llama; `head` quantizes lm_head as well."""
+    """quantized(form, arch, head=False, **config) -> Quantized of a tiny model; `head` quantizes lm_head as well."""
 
-    def make(form: str, *, head: bool = False, **settings: Any) -> Quantized:
-        source = make_checkpoint("Llama", **settings)
+    def make(form: str, arch: str = "Llama", *, head: bool = False, **settings: Any) -> Quantized:
+        source = make_checkpoint(arch, **settings)
         quantizer, method = FORMS[form]
         tensors, dense = load_file(source / FILE), load_file(source / FILE)
         for name, weight in dense.items():
-            if "_proj" in name or (head and "lm_head" in name):
+            if MATRIX.search(name) or (head and "lm_head" in name):
                 module = name.removesuffix(".weight")
                 del tensors[name]
                 stored, dense[name] = quantizer(weight)
