@@ -102,7 +102,7 @@ class Make:
         """`count` experts at `name`; `parts` are the names that gate, up and down may have, the usual ones first."""
         here = self.at(name)
         gate, up, down = next((names for names in parts if here.at("0").stores(names[2])), parts[0])
-        if stacked := is_stacked(found := (self.stored or {}).get(here.prefix, {})):
+        if stacked := is_stacked(here.prefix, found := (self.stored or {}).get(here.prefix, {})):
             shapes = {gate: (intermediate, hidden), up: (intermediate, hidden), down: (hidden, intermediate)}
             here = replace(here, stored=stored_apart(here.prefix, found, count, shapes))
         experts = [

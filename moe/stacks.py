@@ -7,14 +7,28 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..plugins.errors import CheckpointError
 from ..quant import FLOAT_SOURCES, Found, Linear, Slot, Stored
 from .backend import Expert
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 
 
-def is_stacked(found: Found) -> bool:
-    """Whether the module "experts" stores stacks itself."""
+def is_stacked(prefix: str, found: Found) -> bool:
+    """Whether the module "experts" stores stacks itself.
+
+    Raises CheckpointError for stacks of codes or of scales, as transformers 5 writes when it quantizes to FP8.
+    """
+    other = [name for name, stored in found.items()
+             if name not in (GATE_UP, DOWN) or stored.dtype not in FLOAT_SOURCES]
+    if other:
+        raise CheckpointError(
+            f"{prefix}: experts stacked with their codes or scales are not implemented",
+            found=", ".join(f"{name} {found[name].dtype} {list(found[name].shape)}" for name in other),
+            known=["floating point stacks", "matrices stored expert by expert, quantized or not"],
+            fix="quantize with llm-compressor, AutoAWQ or gptqmodel, which store experts one by one, or load the "
+                "16-bit checkpoint with --quantization fp8",
+        )
     return any(len(found[name].shape) == 3 for name in (GATE_UP, DOWN) if name in found)
 
 

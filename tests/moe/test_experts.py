@@ -274,3 +274,13 @@ def test_stacks_are_floating_point_whatever_the_config_says():
     assert {slot.name: tuple(slot.target.shape) for slot in layer.slots()} == {
         f"mlp.experts.{name}": found.shape for name, found in stacks.items()}
     assert not [slot for linear in layer.layers for slot in linear.slots()]
+
+
+@pytest.mark.parametrize("stored", [
+    {"gate_up_proj_scale_inv": Stored(torch.float32, (4, 2, 1)),
+     "down_proj_scale_inv": Stored(torch.float32, (4, 1, 2))},
+    {"gate_up_proj": Stored(torch.float8_e4m3fn, (4, 2 * INTERMEDIATE, HIDDEN))},
+], ids=["scales", "codes"])
+def test_stacks_of_codes_or_scales_are_refused_by_name(stored):
+    with pytest.raises(CheckpointError, match="experts stacked with their codes or scales are not implemented"):
+        made({"mlp.experts": stored})
