@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Protocol
 
 from torch import Tensor, nn
 
 from .attention import Attention
 from .base import Batch, CausalLM
-from .layers import Embedding, RMSNorm
-from .rope import Rotary
+from .layers import Embedding, RMSNorm, TiedHead
+from .make import Make
+from .rope import RopeConfig, Rotary
 
 
 class SelfAttention(nn.Module):
@@ -37,6 +39,17 @@ class DecoderLayer(nn.Module):
         return self.mlp(x), residual
 
 
+class DecoderConfig(Protocol):
+    """What every decoder's config says under the same name."""
+
+    vocab: int
+    hidden: int
+    layers: int
+    eps: float
+    tied: bool
+    rope: RopeConfig
+
+
 class DecoderLM(CausalLM):
     """Embedding, layers, final norm and head; a model file builds the parts."""
 
@@ -52,3 +65,23 @@ class DecoderLM(CausalLM):
         for layer in self.layers:
             x, residual = layer(x, residual, rope, batch)
         return self.norm(x, residual)[0]
+
+
+class HubDecoderLM(DecoderLM):
+    """A DecoderLM under the names that the hub's decoders share: model.embed_tokens, model.layers, model.norm, lm_head.
+
+    Args:
+        rotated: the width of a head that is rotated.
+        layer: makes layer i, given the factory at its place.
+    """
+
+    def __init__(self, c: DecoderConfig, make: Make, rotated: int, layer: Callable[[int, Make], DecoderLayer]) -> None:
+        body = make.at("model")
+        embed = body.embedding("embed_tokens", c.vocab, c.hidden)
+        super().__init__(
+            embed=embed,
+            rotary=make.rotary(c.rope, rotated),
+            layers=[layer(i, body.at(f"layers.{i}")) for i in range(c.layers)],
+            norm=body.norm("norm", c.hidden, c.eps),
+            head=TiedHead("lm_head", embed) if c.tied else make.linear("lm_head", c.hidden, c.vocab),
+        )

@@ -8,9 +8,9 @@ from torch import nn
 
 from ..moe import MoEBlock, Routing
 from ..plugins.errors import CheckpointError
-from .decoder import DecoderLayer, DecoderLM
+from .decoder import DecoderLayer, HubDecoderLM
 from .fields import Fields
-from .layers import GatedMLP, TiedHead
+from .layers import GatedMLP
 from .make import Make
 from .mla import LatentSelfAttention, MLAAttention, softmax_scale
 from .rope import ROTARY_TABLES, RopeConfig
@@ -101,20 +101,13 @@ class DeepseekV3Config(DeepseekV2Config):
         )
 
 
-class DeepseekV2ForCausalLM(DecoderLM):
+class DeepseekV2ForCausalLM(HubDecoderLM):
     config_class: type[DeepseekV2Config] = DeepseekV2Config
 
     def __init__(self, fields: Fields, make: Make) -> None:
-        c, body = self.config_class(fields), make.at("model")
-        embed = body.embedding("embed_tokens", c.vocab, c.hidden)
-        super().__init__(
-            embed=embed,
-            rotary=make.rotary(c.rope, c.rotated),
-            layers=[deepseek_layer(i, c, body.at(f"layers.{i}")) for i in range(c.layers)],
-            norm=body.norm("norm", c.hidden, c.eps),
-            head=TiedHead("lm_head", embed) if c.tied else make.linear("lm_head", c.hidden, c.vocab),
-        )
-        self.ignored_tensors = {**ROTARY_TABLES, **_prediction_layers(c, body)}
+        c = self.config_class(fields)
+        super().__init__(c, make, c.rotated, lambda index, at: deepseek_layer(index, c, at))
+        self.ignored_tensors = {**ROTARY_TABLES, **_prediction_layers(c, make.at("model"))}
 
 
 class DeepseekV3ForCausalLM(DeepseekV2ForCausalLM):

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from ..moe import MoEBlock, Routing
 from .attention import Attention
-from .decoder import DecoderLayer, DecoderLM, SelfAttention
+from .decoder import DecoderLayer, HubDecoderLM, SelfAttention
 from .fields import Fields
-from .layers import TiedHead
 from .make import Make
 from .rope import RopeConfig
 
@@ -36,17 +35,10 @@ class MixtralConfig:
         f.finish()
 
 
-class MixtralForCausalLM(DecoderLM):
+class MixtralForCausalLM(HubDecoderLM):
     def __init__(self, fields: Fields, make: Make) -> None:
-        c, body = MixtralConfig(fields), make.at("model")
-        embed = body.embedding("embed_tokens", c.vocab, c.hidden)
-        super().__init__(
-            embed=embed,
-            rotary=make.rotary(c.rope, c.head_dim),
-            layers=[mixtral_layer(i, c, body.at(f"layers.{i}")) for i in range(c.layers)],
-            norm=body.norm("norm", c.hidden, c.eps),
-            head=TiedHead("lm_head", embed) if c.tied else make.linear("lm_head", c.hidden, c.vocab),
-        )
+        c = MixtralConfig(fields)
+        super().__init__(c, make, c.head_dim, lambda index, at: mixtral_layer(index, c, at))
 
 
 def mixtral_layer(index: int, c: MixtralConfig, make: Make) -> DecoderLayer:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from .attention import Attention
-from .decoder import DecoderLayer, DecoderLM, SelfAttention
+from .decoder import DecoderLayer, HubDecoderLM, SelfAttention
 from .fields import Fields
-from .layers import GatedMLP, TiedHead
+from .layers import GatedMLP
 from .make import Make
 from .rope import ROTARY_TABLES, RopeConfig
 
@@ -46,19 +46,12 @@ def layer_windows(f: Fields, layers: int) -> list[int | None]:
     return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
-class Qwen2ForCausalLM(DecoderLM):
+class Qwen2ForCausalLM(HubDecoderLM):
     ignored_tensors: Mapping[str, str] = ROTARY_TABLES
 
     def __init__(self, fields: Fields, make: Make) -> None:
-        c, body = Qwen2Config(fields), make.at("model")
-        embed = body.embedding("embed_tokens", c.vocab, c.hidden)
-        super().__init__(
-            embed=embed,
-            rotary=make.rotary(c.rope, c.head_dim),
-            layers=[qwen2_layer(i, c, body.at(f"layers.{i}")) for i in range(c.layers)],
-            norm=body.norm("norm", c.hidden, c.eps),
-            head=TiedHead("lm_head", embed) if c.tied else make.linear("lm_head", c.hidden, c.vocab),
-        )
+        c = Qwen2Config(fields)
+        super().__init__(c, make, c.head_dim, lambda index, at: qwen2_layer(index, c, at))
 
 
 def qwen2_layer(index: int, c: Qwen2Config, make: Make) -> DecoderLayer:

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from ..moe import MoEBlock, Routing
 from .attention import Attention
-from .decoder import DecoderLayer, DecoderLM, SelfAttention
+from .decoder import DecoderLayer, HubDecoderLM, SelfAttention
 from .fields import Fields
-from .layers import GatedMLP, TiedHead
+from .layers import GatedMLP
 from .make import Make
 from .rope import RopeConfig
 
@@ -59,17 +59,10 @@ def layer_windows(f: Fields, layers: int) -> list[int | None]:
     return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
-class Qwen2MoeForCausalLM(DecoderLM):
+class Qwen2MoeForCausalLM(HubDecoderLM):
     def __init__(self, fields: Fields, make: Make) -> None:
-        c, body = Qwen2MoeConfig(fields), make.at("model")
-        embed = body.embedding("embed_tokens", c.vocab, c.hidden)
-        super().__init__(
-            embed=embed,
-            rotary=make.rotary(c.rope, c.head_dim),
-            layers=[qwen2_moe_layer(i, c, body.at(f"layers.{i}")) for i in range(c.layers)],
-            norm=body.norm("norm", c.hidden, c.eps),
-            head=TiedHead("lm_head", embed) if c.tied else make.linear("lm_head", c.hidden, c.vocab),
-        )
+        c = Qwen2MoeConfig(fields)
+        super().__init__(c, make, c.head_dim, lambda index, at: qwen2_moe_layer(index, c, at))
 
 
 def qwen2_moe_layer(index: int, c: Qwen2MoeConfig, make: Make) -> DecoderLayer:

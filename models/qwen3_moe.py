@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from ..moe import MoEBlock, Routing
 from .attention import Attention
-from .decoder import DecoderLayer, DecoderLM, SelfAttention
+from .decoder import DecoderLayer, HubDecoderLM, SelfAttention
 from .fields import Fields
-from .layers import GatedMLP, TiedHead
+from .layers import GatedMLP
 from .make import Make
 from .rope import RopeConfig
 
@@ -52,17 +52,10 @@ def layers_window(f: Fields) -> int | None:
     return window if f.flag("use_sliding_window", False) else None
 
 
-class Qwen3MoeForCausalLM(DecoderLM):
+class Qwen3MoeForCausalLM(HubDecoderLM):
     def __init__(self, fields: Fields, make: Make) -> None:
-        c, body = Qwen3MoeConfig(fields), make.at("model")
-        embed = body.embedding("embed_tokens", c.vocab, c.hidden)
-        super().__init__(
-            embed=embed,
-            rotary=make.rotary(c.rope, c.head_dim),
-            layers=[qwen3_moe_layer(i, c, body.at(f"layers.{i}")) for i in range(c.layers)],
-            norm=body.norm("norm", c.hidden, c.eps),
-            head=TiedHead("lm_head", embed) if c.tied else make.linear("lm_head", c.hidden, c.vocab),
-        )
+        c = Qwen3MoeConfig(fields)
+        super().__init__(c, make, c.head_dim, lambda index, at: qwen3_moe_layer(index, c, at))
 
 
 def qwen3_moe_layer(index: int, c: Qwen3MoeConfig, make: Make) -> DecoderLayer:

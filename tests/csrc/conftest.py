@@ -1,8 +1,7 @@
-"""Quantized matrices of every kind, beside the dense ones they stand for; Triton is interpreted without a GPU."""
+"""Quantized matrices of every kind, beside the dense ones they stand for."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import pytest
@@ -11,10 +10,6 @@ from torch import Tensor
 
 from nybble.csrc.matrix import QuantizedMatrix
 from nybble.csrc.scheme import Activation, Scheme
-
-# Before any kernel's module is imported.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 Made = tuple[QuantizedMatrix, Tensor, Tensor]
 
