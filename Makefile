@@ -13,7 +13,7 @@ $(READY): pyproject.toml constraints.txt engine/_version.py
 	touch $(READY)
 
 demo: $(READY)
-	$(BIN)/nybble generate --prompt 'The quick brown fox' --max-tokens 64
+	$(BIN)/nybble demo
 
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(ARGS)

@@ -104,7 +104,7 @@ def make_result(
         schema=SCHEMA,
         name=name,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        device=_device(device),
+        device=describe_device(device),
         torch=metadata.version("torch"),
         python=platform.python_version(),
         nybble=__version__,
@@ -118,7 +118,8 @@ def make_result(
     )
 
 
-def _device(device: str) -> Device:
+def describe_device(device: str) -> Device:
+    """The machine as a result tells of it; `device` is torch's name."""
     found = describe()
     threads = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else None
     gpus = list(found["gpus"].values())

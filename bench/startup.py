@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 
-from ..engine.args import DEMO, setting
+from ..engine.args import DEMO, DEMO_FORMS, setting
 from ..engine.device import cuda_devices
 from ..plugins.env import child_environment
 from ..plugins.errors import NybbleError
@@ -30,7 +30,7 @@ OFFLINE = "import sys, nybble; llm = nybble.LLM(sys.argv[1]); print('ready', flu
 
 @dataclass(frozen=True, kw_only=True)
 class StartupArgs:
-    """Cold: an empty NYBBLE_CACHE_DIR. Warm: the one a cold start left. Files are in memory both times."""
+    """Cold: empty caches, nybble's and Triton's. Warm: those a cold start left. Files are in memory both times."""
 
     model: str = setting(DEMO, "checkpoint folder; nybble-demo is the embedded toy model", group="benchmark")
     repeats: int = setting(3, "starts of each kind", group="benchmark", low=1)
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
         "startup",
         argv,
         model=Path(args.model).name,
-        toy_model=args.model == DEMO,
+        toy_model=args.model in DEMO_FORMS,
         device="cuda" if cuda_devices()[0] else "cpu",
         workload={},
         metrics=metrics,
@@ -75,7 +75,7 @@ def serve_seconds(args: StartupArgs, cache: str) -> float:
     start = time.perf_counter()
     with _python([*SERVE, *model, "--port", str(port)], cache) as (process, log):
         while not healthy(port):
-            _check(process, log, start, args)
+            _check(process, log, start, args.timeout)
             time.sleep(POLL_SECONDS)
         return time.perf_counter() - start
 
@@ -93,10 +93,15 @@ def healthy(port: int) -> bool:
 
 def llm_seconds(args: StartupArgs, cache: str) -> float:
     """Seconds until a new process has constructed `LLM(model)`."""
+    return ready_seconds(["-c", OFFLINE, args.model], cache, args.timeout)
+
+
+def ready_seconds(words: list[str], cache: str, timeout: float) -> float:
+    """Seconds until a new Python process has printed the line "ready". Raises NybbleError when it never does."""
     start = time.perf_counter()
-    with _python(["-c", OFFLINE, args.model], cache) as (process, log):
+    with _python(words, cache) as (process, log):
         while b"ready\n" not in log.read_bytes():
-            _check(process, log, start, args)
+            _check(process, log, start, timeout)
             time.sleep(POLL_SECONDS)
         return time.perf_counter() - start
 
@@ -104,7 +109,7 @@ def llm_seconds(args: StartupArgs, cache: str) -> float:
 @contextmanager
 def _python(words: list[str], cache: str) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
     """A Python process whose output goes to a file; it is stopped at the end."""
-    environment = child_environment(sys.path) | {"NYBBLE_CACHE_DIR": cache}
+    environment = child_environment(sys.path) | {"NYBBLE_CACHE_DIR": cache, "TRITON_CACHE_DIR": f"{cache}/triton"}
     with tempfile.NamedTemporaryFile(prefix="nybble-bench-", suffix=".log") as log:
         process = subprocess.Popen([sys.executable, *words], stdout=log, stderr=subprocess.STDOUT, env=environment)
         try:
@@ -118,12 +123,12 @@ def _python(words: list[str], cache: str) -> Iterator[tuple[subprocess.Popen[byt
                 process.wait()
 
 
-def _check(process: subprocess.Popen[bytes], log: Path, start: float, args: StartupArgs) -> None:
-    late = time.perf_counter() - start > args.timeout
+def _check(process: subprocess.Popen[bytes], log: Path, start: float, timeout: float) -> None:
+    late = time.perf_counter() - start > timeout
     if process.poll() is None and not late:
         return
     lines = log.read_text(errors="replace").splitlines()[-SHOWN_LINES:]
     raise NybbleError(
-        f"it was not ready in {args.timeout:g} s" if late else f"it ended with exit code {process.returncode}",
+        f"it was not ready in {timeout:g} s" if late else f"it ended with exit code {process.returncode}",
         found="\n".join(lines) or "no output",
     )

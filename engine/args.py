@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from .config import EngineConfig
 
 DEMO = "nybble-demo"
+# Names of the embedded toy model and the form each stands for.
+DEMO_FORMS = {DEMO: "gptq"} | {f"{DEMO}-{form}": form for form in ("bf16", "fp8", "awq", "gptq")}
 
 
 def setting(
@@ -38,7 +40,9 @@ def setting(
 class EngineArgs:
     """User settings, named as in vLLM where it has them; None means "decide from checkpoint or device"."""
 
-    model: str = setting(DEMO, "checkpoint folder; nybble-demo is the embedded toy model", group="model")
+    model: str = setting(
+        DEMO, "checkpoint folder; nybble-demo (-bf16, -fp8, -awq, -gptq) is the embedded toy model", group="model"
+    )
     served_model_name: str | None = setting(
         None, "name clients use (default: the folder's name)", group="model"
     )
@@ -99,6 +103,12 @@ class EngineArgs:
     cpu_threads: int | None = setting(None, "torch threads on CPU (default: torch's)", group="device", low=1)
     block_size: int = setting(
         16, "tokens in one KV-cache block, a power of two", group="cache", low=1, high=256
+    )
+    kv_cache_dtype: str = setting(
+        "auto",
+        "what keys and values are kept in; auto: the model's dtype; fp8: E4M3, with the checkpoint's scales or 1",
+        group="cache",
+        choices=("auto", "fp8"),
     )
     gpu_memory_utilization: float | None = setting(
         None,

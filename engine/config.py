@@ -14,7 +14,7 @@ class ModelConfig:
     """What is served.
 
     Attributes:
-        model: folder of the checkpoint (absolute), or "nybble-demo" before it is resolved.
+        model: folder of the checkpoint (absolute), or a name of the demo before it is resolved.
         hf_config: config.json after `hf_overrides`, untouched otherwise.
         architecture: the entry of `architectures` that a plugin implements.
         dtype: torch dtype name of activations and unquantized weights ("float32", "bfloat16", "float16").
@@ -56,10 +56,12 @@ class ModelConfig:
 class CacheConfig:
     """The KV cache: size in bytes or as a share of device memory, and how prompts share it.
 
+    `kv_cache_dtype` "auto" is the model's, "fp8" is E4M3 with each layer's scales from the checkpoint, else 1.
     `num_gpu_blocks` fixes the pool size in blocks, whatever the device; None measures it.
     """
 
     block_size: int = 16
+    kv_cache_dtype: str = "auto"
     gpu_memory_utilization: float = 0.9
     kv_cache_memory_bytes: int | None = None
     num_gpu_blocks: int | None = None

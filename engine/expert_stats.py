@@ -97,6 +97,21 @@ def _dead(layer: ExpertCounts, shown: int = 8) -> str:
     return " ".join([*map(str, layer.dead[:shown]), *more]) or "-"
 
 
+SHADES = " .:-=+*#%@"
+
+
+def as_heat_map(layers: Sequence[ExpertCounts]) -> str:
+    """A terminal's heat map: a row per layer, two characters per expert, darker for more of the layer's tokens."""
+    peak = max((layer.imbalance for layer in layers), default=0.0)
+    width = max([len("layer"), *(len(layer.layer) for layer in layers)])
+    lines = [f"{'layer':<{width}}  experts 0 to {max((len(layer.counts) for layer in layers), default=1) - 1}"]
+    for layer in layers:
+        mean = layer.total / len(layer.counts) or 1.0
+        cells = (SHADES[round(count / mean / peak * (len(SHADES) - 1))] if peak else " " for count in layer.counts)
+        lines.append(f"{layer.layer:<{width}}  |" + "|".join(2 * cell for cell in cells) + "|")
+    return "\n".join([*lines, f"{'':<{width}}  '{SHADES[0]}' no token, '{SHADES[-1]}' {peak:.2f} times an even share"])
+
+
 STYLE = """
 :root { color-scheme: light dark; --hot: 210 90 30; }
 body { font: 14px/1.4 system-ui, sans-serif; margin: 2em; color: CanvasText; background: Canvas; }

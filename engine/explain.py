@@ -71,8 +71,8 @@ def _why(name: str, config: EngineConfig) -> str:
         return "probe: " + (cuda_devices()[1] if device == "cpu" else "a CUDA device was found")
     prefill = "" if config.scheduler.enable_chunked_prefill else ", max_model_len"
     return {
-        "model": "generated demo checkpoint",
-        "served_model_name": "demo checkpoint" if config.model.is_demo else "folder name",
+        "model": "embedded demo checkpoint",
+        "served_model_name": "embedded demo checkpoint" if config.model.is_demo else "folder name",
         "tokenizer": "the model's folder",
         "gpu_memory_utilization": f"default on {device.partition(':')[0]}",
         "max_num_seqs": "lowered to max_num_batched_tokens",

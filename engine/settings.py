@@ -12,7 +12,7 @@ from ..plugins import env
 from ..plugins.errors import CheckpointError, PluginError, UsageError, nearest
 from ..plugins.log import get_logger
 from . import hf_config
-from .args import DEMO, EngineArgs, setting_fields
+from .args import DEMO, DEMO_FORMS, EngineArgs, setting_fields
 from .config import (
     CacheConfig,
     DeviceConfig,
@@ -127,23 +127,26 @@ def read_text(path: Path, asked: str) -> str:
         raise UsageError(f"{asked}: cannot read {path}", found=error) from error
 
 
-def build_engine_config(args: EngineArgs, host: PluginHost | None = None) -> EngineConfig:
+def build_engine_config(args: EngineArgs, host: PluginHost | None = None, *, device: str | None = None) -> EngineConfig:
     """Decide everything that `args` left open and check everything against everything.
+
+    A `device` that is given is taken unseen: what would be decided on a machine that has it.
 
     Plugins see the settings first (`nybble_configure`); what they change is checked like a user's value.
     Raises UsageError or CheckpointError.
     """
     host = host or _load_host(args)
     args = _checked(host.configure(asdict(args)))
-    if args.model == DEMO:
-        raise UsageError("the demo model must be written to a folder first", fix="call resolve_demo(args)")
+    if args.model in DEMO_FORMS:
+        raise UsageError("the demo model's folder must be found first", fix="call resolve_demo(args)")
     folder, hf = hf_config.read_checkpoint(args.model, args.hf_overrides)
-    device = _device(args.device)
+    device = device or _device(args.device)
     model = _model_config(args, host, folder, hf, device)
     return EngineConfig(
         model=model,
         cache=CacheConfig(
             block_size=args.block_size,
+            kv_cache_dtype=args.kv_cache_dtype,
             gpu_memory_utilization=args.gpu_memory_utilization or (0.5 if device == "cpu" else 0.9),
             kv_cache_memory_bytes=args.kv_cache_memory_bytes,
             num_gpu_blocks=args.num_gpu_blocks_override,

@@ -39,6 +39,7 @@ def nybble_kernels() -> Table:
         "cpu_int4": "nybble.csrc.cpu_gemm:CpuInt4Kernel",
         "cpu_int8": "nybble.csrc.cpu_gemm:CpuInt8Kernel",
         "cpu_int8_int8": "nybble.csrc.cpu_gemm:CpuInt8Int8Kernel",
+        "cutlass_fp8": "nybble.csrc.fp8_gemm:CutlassFp8Kernel",
         "tiles": "nybble.csrc.tiles:TileKernel",
         "triton_w4a16": "nybble.csrc.w4a16_gemm:TritonW4A16Kernel",
         "triton_w8a16": "nybble.csrc.scaled_gemm:TritonWeightOnlyKernel",
@@ -49,6 +50,7 @@ def nybble_kernels() -> Table:
 @hookimpl
 def nybble_moe_backends() -> Table:
     return {
+        "cutlass": "nybble.moe.cutlass:CutlassBackend",
         "fused": "nybble.moe.fused:FusedBackend",
         "reference": "nybble.moe.reference:ReferenceBackend",
     }
@@ -56,7 +58,11 @@ def nybble_moe_backends() -> Table:
 
 @hookimpl
 def nybble_attention_backends() -> Table:
-    return {"torch": "nybble.engine.attention.torch_paged:TorchPagedBackend"}
+    return {
+        "cuda_paged": "nybble.engine.attention.cuda_paged:PagedAttention",
+        "torch": "nybble.engine.attention.torch_paged:TorchPagedBackend",
+        "triton": "nybble.engine.attention.triton_paged:TritonAttentionBackend",
+    }
 
 
 @hookimpl
@@ -75,3 +81,4 @@ def nybble_loaders() -> Table:
 @hookimpl
 def nybble_cli(commands: Any) -> None:
     commands.add("bench", "measure kernels, latency, throughput and serving", "nybble.bench.cli:main")
+    commands.add("eval", "score a checkpoint, and compare it with a reference", "nybble.bench.eval.cli:main")

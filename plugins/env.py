@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from .errors import UsageError, nearest
 
@@ -28,6 +29,9 @@ VARIABLES: tuple[EnvVar, ...] = (
     EnvVar(name="NYBBLE_TRACE_PLUGINS", help="1 logs each plugin hook call with its results"),
     EnvVar(name="NYBBLE_API_KEY", help="a key that the server accepts and that `chat --url` sends"),
     EnvVar(name="NYBBLE_CACHE_DIR", help="where generated files are kept (default: the user cache folder)"),
+    EnvVar(name="NYBBLE_KERNELS_DIR", help="a folder of kernel libraries from `nybble kernels build --out`"),
+    EnvVar(name="NYBBLE_JIT", help="0 forbids compiling kernels when they are first needed"),
+    EnvVar(name="NYBBLE_NVCC", help="the CUDA compiler (default: CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda)"),
     EnvVar(name="NYBBLE_TEST_FORCE_PREEMPT", help="probability in [0, 1] of preempting at a step; for tests"),
     EnvVar(name="NYBBLE_STRICT_KV", help="1 checks every KV-cache invariant after each step; for tests"),
 )
@@ -39,10 +43,12 @@ def read_str(name: str, environ: Mapping[str, str] | None = None) -> str | None:
     return (os.environ if environ is None else environ).get(name)
 
 
-def read_flag(name: str, environ: Mapping[str, str] | None = None) -> bool:
+def read_flag(name: str, environ: Mapping[str, str] | None = None, *, default: bool = False) -> bool:
     """A variable as a switch. Raises UsageError on anything but 0/1/true/false/empty."""
     raw = (read_str(name, environ) or "").strip().lower()
-    if raw in ("", "0", "false"):
+    if raw == "":
+        return default
+    if raw in ("0", "false"):
         return False
     if raw in ("1", "true"):
         return True
@@ -61,6 +67,19 @@ def read_float(name: str, *, low: float, high: float, environ: Mapping[str, str]
     if not low <= value <= high:
         raise UsageError(f"{name} must be a number in [{low}, {high}]", found=repr(raw))
     return value
+
+
+def cache_dir() -> Path:
+    """Where generated files are kept: NYBBLE_CACHE_DIR, else the user's cache folder. It need not exist."""
+    import platformdirs
+
+    return Path(read_str("NYBBLE_CACHE_DIR") or platformdirs.user_cache_dir("nybble"))
+
+
+def cuda_homes(environ: Mapping[str, str] | None = None) -> list[str]:
+    """Where the CUDA toolkit is said to be, by the names that others read too."""
+    environ = os.environ if environ is None else environ
+    return [environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if environ.get(name)]
 
 
 def setting_name(field: str) -> str:

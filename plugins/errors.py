@@ -7,6 +7,7 @@
     ├── OutOfMemoryError        exit 4   the plan does not fit the device
     ├── PortInUseError          exit 5   another process owns the address
     ├── PluginError             exit 6   a plugin is broken, missing or in conflict
+    ├── KernelBuildError        exit 7   a compiled kernel cannot be had here
     └── EngineDeadError         exit 70  the engine process is gone
 """
 
@@ -108,6 +109,12 @@ class PluginError(NybbleError):
     """A plugin is broken, missing, of another API version, or in conflict with another."""
 
     exit_code = 6
+
+
+class KernelBuildError(NybbleError):
+    """A compiled kernel was asked for and can neither be found nor built here."""
+
+    exit_code = 7
 
 
 class EngineDeadError(NybbleError):

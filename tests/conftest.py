@@ -67,7 +67,7 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory):
     import torch
     import transformers
 
-    from nybble.engine.demo import SPECIALS, _write_tokenizer
+    from nybble.models.demo.checkpoint import SPECIALS, write_tokenizer
 
     made: dict[str, Path] = {}
 
@@ -91,7 +91,7 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory):
                     buffer.normal_(0, 0.2)
         folder = tmp_path_factory.mktemp(arch.lower())
         model.save_pretrained(folder, **({"max_shard_size": shard} if shard else {}))
-        _write_tokenizer(folder)
+        write_tokenizer(folder)
         assert len(SPECIALS) + 256 <= config.vocab_size
         made[key] = folder
         return folder
@@ -186,7 +186,9 @@ def forward_logits():
         for start, end in pairwise((0, *cuts, length)):
             step = StepShape(query_lens=np.array([end - start]), seq_lens=np.array([end]),
                              block_table=table.to(place), host_block_table=table.numpy(),
-                             slots=slots[start:end].to(place))
+                             slots=slots[start:end].to(place), max_query_len=end - start,
+                             query_start=torch.tensor([0, end - start]).int().to(place),
+                             device_seq_lens=torch.tensor([end]).int().to(place))
             with torch.inference_mode():
                 hidden = model(Batch(ids=ids[start:end].to(place), positions=positions[start:end].to(place),
                                      attn=backend.prepare(step)))

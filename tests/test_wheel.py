@@ -12,14 +12,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("engine", "plugins", "quant", "moe", "models", "csrc", "bench")
 SUFFIXES = (".py", ".cu", ".cuh", ".h", ".cpp")
+DEMO = "models/demo/"
 
 
 def tree() -> set[str]:
     """Every file of the package as the repository has it, by its name in the wheel."""
     tracked = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, text=True,
                              capture_output=True, check=True).stdout.split()
-    package = {f"nybble/{name}" for name in tracked
-               if name.split("/")[0] in FOLDERS and (ROOT / name).suffix in SUFFIXES and (ROOT / name).exists()}
+    package = {f"nybble/{name}" for name in tracked if (ROOT / name).exists() and name.split("/")[0] in FOLDERS
+               and ((ROOT / name).suffix in SUFFIXES or name.startswith(DEMO))}
     return package | {"nybble/__init__.py", "nybble/__main__.py", "nybble/py.typed"}
 
 

@@ -1,5 +1,6 @@
 """The door of the attention family: paged cache write and attention over block tables, of K and V or of latents."""
 
+from .cache import HeadNorms, rope_and_cache, rope_and_cache_reference, store_kv
 from .mla_reference import (
     absorb,
     absorbing_is_cheaper,
@@ -9,18 +10,28 @@ from .mla_reference import (
     project_values,
     write_rows,
 )
+from .paged import AttentionTile, Ragged, attend_latent, attend_paged, attend_plain
 from .reference import attend, causal_mask, gather_kv, write_kv
 
 __all__ = [
+    "AttentionTile",
+    "HeadNorms",
+    "Ragged",
     "absorb",
     "absorbing_is_cheaper",
     "attend",
     "attend_expanded",
+    "attend_latent",
+    "attend_paged",
+    "attend_plain",
     "attend_rows",
     "causal_mask",
     "gather_kv",
     "gather_rows",
     "project_values",
+    "rope_and_cache",
+    "rope_and_cache_reference",
+    "store_kv",
     "write_kv",
     "write_rows",
 ]

@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .reference import bits, decode, encode
+
 # Scores held at once, in values: bounds the memory of a long prompt with many heads (128 MiB in float32).
 SCORES = 1 << 25
 
@@ -29,14 +31,16 @@ class State(NamedTuple):
     lse: Tensor
 
 
-def write_rows(cache: Tensor, rows: Tensor, slots: Tensor) -> None:
+def write_rows(cache: Tensor, rows: Tensor, slots: Tensor, *, scale: float = 1.0) -> None:
     """Store the rows [T, W] of new tokens in cache [1, num_blocks, block_size, 1, W] at slots [T] int64."""
-    cache.view(-1, cache.shape[-1]).index_copy_(0, slots, rows)
+    bits(cache).view(-1, cache.shape[-1]).index_copy_(0, slots, encode(rows, cache.dtype, scale))
 
 
-def gather_rows(cache: Tensor, blocks: Tensor, length: int) -> Tensor:
-    """The rows [length, W] of one request from its block numbers [ceil(length / block_size)]."""
-    return cache[0].index_select(0, blocks).view(-1, cache.shape[-1])[:length]
+def gather_rows(cache: Tensor, blocks: Tensor, length: int, dtype: torch.dtype | None = None, *,
+                scale: float = 1.0) -> Tensor:
+    """The rows [length, W] of one request from its block numbers [ceil(length / block_size)], in `dtype`."""
+    rows = bits(cache)[0].index_select(0, blocks).view(-1, cache.shape[-1])[:length]
+    return decode(rows, cache.dtype, scale, dtype)
 
 
 def absorbing_is_cheaper(q_len: int, length: int, *, latent: int, nope: int, value: int) -> bool:

@@ -7,22 +7,46 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 
-def write_kv(cache: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
+def write_kv(cache: Tensor, k: Tensor, v: Tensor, slots: Tensor, *, k_scale: float = 1.0,
+             v_scale: float = 1.0) -> None:
     """Store K and V of new tokens.
 
     Args:
-        cache: [2, num_blocks, block_size, kv_heads, D]. k, v: [T, kv_heads, D]. slots: [T] int64, block * block_size
-            + offset.
+        cache: [2, num_blocks, block_size, kv_heads, D]; a float8_e4m3fn value times its scale is the value. k, v: [T,
+            kv_heads, D]. slots: [T] int64, block * block_size + offset.
     """
-    flat = cache.flatten(1, 2)
-    flat[0].index_copy_(0, slots, k)
-    flat[1].index_copy_(0, slots, v)
+    flat = bits(cache.flatten(1, 2))
+    flat[0].index_copy_(0, slots, encode(k, cache.dtype, k_scale))
+    flat[1].index_copy_(0, slots, encode(v, cache.dtype, v_scale))
 
 
-def gather_kv(cache: Tensor, blocks: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """K and V of one request, each [length, kv_heads, D], from its block numbers [ceil(length / block_size)]."""
-    kv = cache.index_select(1, blocks).flatten(1, 2)
-    return kv[0, :length], kv[1, :length]
+def gather_kv(cache: Tensor, blocks: Tensor, length: int, dtype: torch.dtype | None = None, *, k_scale: float = 1.0,
+              v_scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """K and V of one request, each [length, kv_heads, D] in `dtype` (None: the cache's own).
+
+    Args:
+        blocks: its block numbers [ceil(length / block_size)].
+    """
+    kv = bits(cache).index_select(1, blocks).flatten(1, 2)[:, :length]
+    return decode(kv[0], cache.dtype, k_scale, dtype), decode(kv[1], cache.dtype, v_scale, dtype)
+
+
+def encode(x: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
+    """x as a cache of `dtype` keeps it: itself, or FP8 codes of x / scale, held inside the range, as bytes."""
+    if dtype.itemsize > 1:
+        return x
+    most = torch.finfo(dtype).max
+    return (x.float() / scale).clamp_(-most, most).to(dtype).view(torch.uint8)
+
+
+def decode(x: Tensor, kept: torch.dtype, scale: float, dtype: torch.dtype | None) -> Tensor:
+    """What `encode` stored in a cache of dtype `kept`, in `dtype`."""
+    return x if kept.itemsize > 1 else x.view(kept).float().mul_(scale).to(dtype)
+
+
+def bits(cache: Tensor) -> Tensor:
+    """A cache of bytes as bytes: torch indexes no FP8."""
+    return cache.view(torch.uint8) if cache.dtype.itemsize == 1 else cache
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None,

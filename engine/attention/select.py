@@ -14,11 +14,11 @@ from .base import AttentionBackend, AttentionProblem
 
 
 def attention_problems(layers: Sequence[AttentionLayer], *, dtype: torch.dtype, device: torch.device,
-                       block_size: int) -> set[AttentionProblem]:
-    """The distinct shapes of a model's attention layers."""
+                       block_size: int, cache_dtype: torch.dtype | None = None) -> set[AttentionProblem]:
+    """The distinct shapes of a model's attention layers; `cache_dtype` None is `dtype`."""
     return {
-        AttentionProblem(device=device, dtype=dtype, head_dim=layer.head_dim, num_heads=layer.num_heads,
-                         num_kv_heads=layer.num_kv_heads, kv_lora_rank=layer.kv_lora_rank,
+        AttentionProblem(device=device, dtype=dtype, cache_dtype=cache_dtype or dtype, head_dim=layer.head_dim,
+                         num_heads=layer.num_heads, num_kv_heads=layer.num_kv_heads, kv_lora_rank=layer.kv_lora_rank,
                          sliding_window=layer.sliding_window, block_size=block_size)
         for layer in layers
     }

@@ -39,13 +39,10 @@ class TorchPagedBackend(AttentionBackend):
         return None
 
     def __init__(self, layers: Sequence[AttentionLayer], layout: KVCacheLayout, *, dtype: torch.dtype,
-                 device: torch.device) -> None:
+                 device: torch.device, cache_dtype: torch.dtype | None = None) -> None:
         self.block_size, self.dtype, self.device = layout.block_size, dtype, device
-        self.caches = []
-        for layer in layers:
-            planes, heads, width = layer.kv_shape
-            self.caches.append(torch.empty(planes, layout.num_blocks, layout.block_size, heads, width, dtype=dtype,
-                                           device=device))
+        self.exact = cache_dtype in (None, dtype)  # what is read back is what was written
+        self.caches = self.allocate(layers, layout, cache_dtype or dtype, device)
 
     def prepare(self, step: StepShape) -> AttentionRun:
         return TorchPagedRun(self, step)
@@ -93,24 +90,25 @@ class TorchPagedRun(AttentionRun):
 
     def run(self, layer: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cache, out = self.backend.caches[layer.index], []
-        write_kv(cache, k, v, self.step.slots)
+        scales = dict(k_scale=layer.k_scale, v_scale=layer.v_scale)
+        write_kv(cache, k, v, self.step.slots, **scales)
         for query, span in zip(q.split(self.query_lens), self._spans_within(layer.sliding_window)):
             if span.blocks is None:
                 keys, values = k[span.rows], v[span.rows]
             else:
-                keys, values = gather_kv(cache, span.blocks, span.length)
+                keys, values = gather_kv(cache, span.blocks, span.length, q.dtype, **scales)
             out.append(attend(query, keys, values, scale=layer.scale, mask=span.mask, causal=span.causal))
         return torch.cat(out)
 
     def run_latent(self, layer: MLAAttention, q_nope: Tensor, q_pe: Tensor, rows: Tensor) -> Tensor:
         cache, spans = self.backend.caches[layer.index], self._spans_of_latents(layer)
-        write_rows(cache, rows, self.step.slots)
+        write_rows(cache, rows, self.step.slots, scale=layer.k_scale)
         out = rows.new_empty(len(rows), layer.num_heads, layer.v_head_dim)
         if spans.absorbed:
             these = spans.absorbed_rows
             queries = torch.cat((absorb(q_nope[these], layer.w_uk), q_pe[these]), dim=-1)
             context = [
-                attend_rows(q, gather_rows(cache, span.blocks, span.length), layer.kv_lora_rank, scale=layer.scale)
+                attend_rows(q, self._rows_of(layer, span)(0, span.length), layer.kv_lora_rank, scale=layer.scale)
                 for q, span in zip(queries.split([span.query for span in spans.absorbed]), spans.absorbed)
             ]
             out[these] = project_values(torch.cat(context), layer.w_uv)
@@ -118,13 +116,15 @@ class TorchPagedRun(AttentionRun):
         chunk = max(1, EXPANDED_TOKENS // size) * size
         for span in spans.expanded:
             q = torch.cat((q_nope[span.rows], q_pe[span.rows]), dim=-1)
-            out[span.rows] = attend_expanded(q, self._rows_of(cache, span), span.length, layer.w_kv,
+            out[span.rows] = attend_expanded(q, self._rows_of(layer, span), span.length, layer.w_kv,
                                              value=layer.v_head_dim, scale=layer.scale, chunk=chunk)
         return out
 
-    def _rows_of(self, cache: Tensor, span: LatentSpan) -> Callable[[int, int], Tensor]:
-        size = self.backend.block_size  # `start` is at a block's first token
-        return lambda start, stop: gather_rows(cache, span.blocks[start // size : -(-stop // size)], stop - start)
+    def _rows_of(self, layer: MLAAttention, span: LatentSpan) -> Callable[[int, int], Tensor]:
+        size, cache = self.backend.block_size, self.backend.caches[layer.index]
+        # `start` is at a block's first token
+        return lambda start, stop: gather_rows(cache, span.blocks[start // size : -(-stop // size)], stop - start,
+                                               self.backend.dtype, scale=layer.k_scale)
 
     def _spans_of_latents(self, layer: MLAAttention) -> LatentSpans:
         key = (layer.kv_lora_rank, layer.qk_nope_head_dim, layer.v_head_dim)
@@ -156,7 +156,7 @@ class TorchPagedRun(AttentionRun):
     def _span(self, query: int, length: int, end: int, table: Tensor, window: int | None) -> Span:
         rows, size, whole = slice(end - query, end), self.backend.block_size, query == length
         blocks = None
-        if not whole:
+        if not (whole and self.backend.exact):
             unseen = 0 if window is None else max(0, length - query - window + 1) // size  # by any query
             blocks = table[unseen : -(-length // size)]
             length -= unseen * size

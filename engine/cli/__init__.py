@@ -36,16 +36,20 @@ class Verb(NamedTuple):
 VERBS = {
     "serve": Verb("[MODEL] [flags]", "serve a model over the OpenAI API", "serve"),
     "generate": Verb("[MODEL] -p TEXT [flags]", "complete prompts", "generate"),
+    "demo": Verb("[--form FORM]", "see the embedded toy model answer, and its experts at work", "demo"),
     "chat": Verb("[MODEL] [flags]", "talk to a model, here or with --url on a server", "chat"),
     "bench": Verb(
         "KIND [flags]",
         "measure kernels, latency, throughput and serving",
         None,
-        ("latency", "throughput", "serve", "transformers", "kernels", "methods", "moe", "step", "startup", "compare"),
+        ("latency", "throughput", "offline", "serve", "transformers", "kernels", "methods", "moe", "step", "startup", "compare"),
     ),
+    "eval": Verb("[MODEL] [--reference REF]", "score a checkpoint, and compare it with a reference", None),
     "inspect": Verb("[MODEL] [flags]", "what a checkpoint holds and what would keep it from loading", "inspect"),
+    "plan": Verb("MODEL --gpu GPU [flags]", "what a model will take of a device's memory, without loading it", "plan"),
     "experts": Verb("[MODEL] -p TEXT | --url URL", "how often every expert of a model is chosen", "experts"),
     "plugins": Verb("list | show NAME", "what is installed, what it provides, what failed", "plugins"),
+    "kernels": Verb("list | build | why OP [flags]", "where compiled kernels come from, and building them", "kernels"),
     "config": Verb("show [MODEL] [flags]", "every setting, its value and where that came from", "config", ("show",)),
     "env": Verb("[--json]", "describe this machine and installation, for a bug report", "env"),
     "completion": Verb(

@@ -214,7 +214,7 @@ def given_entries(parsed: Namespace) -> dict[str, Entry]:
 
 
 def without_demo(args: EngineArgs) -> EngineArgs:
-    """`args` with the demo model written to a folder, if that is what was asked for; says so on stderr."""
+    """`args` with the folder of the demo model, if that is what was asked for; says so on stderr."""
     from ..demo import DEMO_NOTICE, resolve_demo
 
     resolved = resolve_demo(args)

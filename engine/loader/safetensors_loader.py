@@ -23,7 +23,7 @@ from ...plugins.log import get_logger
 from ...quant.base import Slot
 from .base import LoadableModel, LoadReport, WeightLoader
 from .header import FileInfo, TensorInfo
-from .ledger import TORCH_DTYPES, Ledger
+from .ledger import TORCH_DTYPES, Ledger, Uses
 from .problems import Problem, refuse
 from .progress import Advance, byte_progress
 from .scan import Checkpoint, scan
@@ -42,18 +42,27 @@ class SafetensorsLoader(WeightLoader):
         checkpoint = scan(source)
         if checkpoint.unused:
             log.warning("%s: not loaded, since nothing refers to them: %s", source, ", ".join(checkpoint.unused))
-        ledger = Ledger(model.slots(), model.ignored_tensors)
-        uses = ledger.match(checkpoint)
-        total = sum(checkpoint.tensors[name].nbytes for name in (*uses.loaded, *uses.tied))
-        with torch.no_grad(), byte_progress("loading weights", total, enabled=progress) as advance:
-            for slot, row, values in _pieces(checkpoint, ledger, uses.loaded, advance):
-                slot.put(row, values)
-            _check_tied(checkpoint, ledger, uses.tied, advance)
+        uses, total = fill(model, checkpoint, progress=progress)
         return LoadReport(
             loaded=uses.loaded, derived=uses.derived, defaulted=uses.defaulted, ignored=uses.ignored,
             bytes_read=total, seconds=time.perf_counter() - start,
             files=tuple(file.name for file in checkpoint.files),
         )
+
+
+def fill(model: LoadableModel, checkpoint: Checkpoint, *, progress: bool) -> tuple[Uses, int]:
+    """Fill every slot of a model, or of a part of one, from a scanned checkpoint; what was used, and bytes read.
+
+    Raises CheckpointError as `WeightLoader.load`.
+    """
+    ledger = Ledger(model.slots(), model.ignored_tensors)
+    uses = ledger.match(checkpoint)
+    total = sum(checkpoint.tensors[name].nbytes for name in (*uses.loaded, *uses.tied))
+    with torch.no_grad(), byte_progress("loading weights", total, enabled=progress) as advance:
+        for slot, row, values in _pieces(checkpoint, ledger, uses.loaded, advance):
+            slot.put(row, values)
+        _check_tied(checkpoint, ledger, uses.tied, advance)
+    return uses, total
 
 
 def _check_tied(checkpoint: Checkpoint, ledger: Ledger, names: Sequence[str], advance: Advance) -> None:

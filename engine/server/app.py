@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from ..args import EngineArgs
 
 logger = get_logger(__name__)
+TOY = "a toy model: it answers a few small tasks and is no language model"
 WATCH_SECONDS = 0.2
 SHUTDOWN_SECONDS = 1.0
 STALL_SECONDS = 10.0
@@ -131,7 +132,7 @@ def _card(api: Api) -> ModelCard:
     model = api.engine.config.model
     card = ModelCard(id=api.model_name, created=api.created, max_model_len=model.max_model_len)
     if model.is_demo:
-        card.demo = True
+        card.demo, card.description = True, TOY
     return card
 
 
@@ -313,7 +314,7 @@ def banner(engine: Engine, address: str) -> str:
     config = engine.config
     model, scheduler = config.model, config.scheduler
     cache = "" if engine.layout is None else f", KV cache of {engine.layout.max_tokens} tokens"
-    toy = "\n  a toy model: it shows that the engine works and is no language model" if model.is_demo else ""
+    toy = f"\n  {TOY}" if model.is_demo else ""
     where = "--unix-socket {0} http://nybble" if address.startswith("unix:") else "{0}"
     target = where.format(address.removeprefix("unix:"))
     return (

@@ -143,6 +143,7 @@ class ModelCard(msgspec.Struct, kw_only=True):
     object: str = "model"
     owned_by: str = "nybble"
     demo: bool | UnsetType = UNSET
+    description: str | UnsetType = UNSET
 
 
 class PromptTokensDetails(msgspec.Struct, kw_only=True):

@@ -93,7 +93,9 @@ class GPUModelRunner:
     def _forward(self, query_lens: np.ndarray, seq_lens: np.ndarray, total: int) -> Tensor:
         batch, rows = self.batch, self.batch.num_rows
         step = StepShape(query_lens=query_lens, seq_lens=seq_lens, block_table=batch.block_table.push(rows),
-                         host_block_table=batch.block_table.host[:rows], slots=batch.slots.push(total))
+                         host_block_table=batch.block_table.host[:rows], slots=batch.slots.push(total),
+                         query_start=batch.query_start.push(rows + 1), device_seq_lens=batch.seq_lens.push(rows),
+                         max_query_len=int(query_lens.max()))
         inputs = Batch(ids=batch.ids.push(total), positions=batch.positions.push(total),
                        attn=self.attention.prepare(step))
         if self._copied is not None:

@@ -36,6 +36,7 @@ class GPUWorker:
         self.config, self.host = config, host
         self.device = torch.device(config.device.device)
         self.dtype = getattr(torch, config.model.dtype)
+        self.cache_dtype = torch.float8_e4m3fn if config.cache.kv_cache_dtype == "fp8" else self.dtype
         if self.device.type == "cuda":
             self.device = torch.device("cuda", self.device.index or 0)
             torch.cuda.set_device(self.device)
@@ -58,7 +59,7 @@ class GPUWorker:
 
     def kv_cache_groups(self) -> list[KVCacheGroup]:
         """Layers by what they keep per token. One group: the pool's blocks are then interchangeable."""
-        specs = {KVCacheSpec(shape=a.kv_shape, dtype_bytes=self.dtype.itemsize) for a in self._attention_layers}
+        specs = {KVCacheSpec(shape=a.kv_shape, dtype_bytes=self.cache_dtype.itemsize) for a in self._attention_layers}
         if len(specs) != 1:
             raise UsageError("every layer must keep the same KV per token in this release",
                              found=sorted(map(str, specs)))
@@ -113,7 +114,8 @@ class GPUWorker:
     def _build_runner(self, layout: KVCacheLayout) -> None:
         assert self.loaded is not None, "load_model comes first"
         config, layers = self.config, self._attention_layers
-        problems = attention_problems(layers, dtype=self.dtype, device=self.device, block_size=layout.block_size)
+        problems = attention_problems(layers, dtype=self.dtype, device=self.device, block_size=layout.block_size,
+                                      cache_dtype=self.cache_dtype)
         backend = choose_attention_backend(problems, config.device.attention_backend, self.host).chosen
         assert backend is not None
         processors = [
@@ -123,7 +125,7 @@ class GPUWorker:
         scheduler = config.scheduler
         self.runner = GPUModelRunner(
             self.loaded.model,
-            backend(layers, layout, dtype=self.dtype, device=self.device),
+            backend(layers, layout, dtype=self.dtype, device=self.device, cache_dtype=self.cache_dtype),
             SamplingState(max_rows=scheduler.max_num_seqs, vocab_size=config.model.vocab_size, device=self.device,
                           processors=processors),
             max_num_seqs=scheduler.max_num_seqs, max_len=max(config.model.max_model_len, 1 + DUMMY_OUTPUTS),

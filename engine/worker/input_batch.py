@@ -75,6 +75,8 @@ class InputBatch:
         self.ids = HostBuffer(shape=(max_tokens,), dtype=torch.int64, torch_device=device)
         self.positions = HostBuffer(shape=(max_tokens,), dtype=torch.int64, torch_device=device)
         self.slots = HostBuffer(shape=(max_tokens,), dtype=torch.int64, torch_device=device)
+        self.query_start = HostBuffer(shape=(max_rows + 1,), dtype=torch.int32, torch_device=device)
+        self.seq_lens = HostBuffer(shape=(max_rows,), dtype=torch.int32, torch_device=device)
         self._arange = np.arange(max_tokens)
 
     @property
@@ -129,7 +131,7 @@ class InputBatch:
             self.block_table.host[row, start : start + len(blocks)] = blocks
 
     def prepare(self) -> tuple[np.ndarray, np.ndarray]:
-        """Fill `ids`, `positions` and `slots` for `num_scheduled` tokens a row from `num_computed` on.
+        """Fill what a step sends to the device, for `num_scheduled` tokens a row from `num_computed` on.
 
         Returns (query_lens [R], ends [R]): each row's new tokens and where they end in the flat batch.
         """
@@ -144,4 +146,6 @@ class InputBatch:
         self.ids.host[:total] = self.token_ids[of_row, positions]
         block, offset = np.divmod(positions, self.block_size)
         self.slots.host[:total] = self.block_table.host[of_row, block] * np.int64(self.block_size) + offset
+        self.query_start.host[1 : rows + 1] = ends
+        self.seq_lens.host[:rows] = self.num_computed[:rows] + query_lens
         return query_lens, ends

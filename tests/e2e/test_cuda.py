@@ -26,14 +26,16 @@ def run(model, params=GREEDY, **settings):
     return [o.outputs[0] for o in outputs], layout
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("arch, settings", [
     ("Llama", {}), ("Mistral", {"sliding_window": 13}), ("Qwen2", {"tie_word_embeddings": True}),
     ("DeepseekV2", dict(num_key_value_heads=4, q_lora_rank=48, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8,
                         v_head_dim=24, n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=32))])
-def test_cuda_gives_the_cpus_greedy_ids(arch, settings, make_checkpoint):
+def test_cuda_gives_the_cpus_greedy_ids(arch, settings, backend, make_checkpoint):
     model = make_checkpoint(arch, **settings)
     cpu, _ = run(model, device="cpu", dtype="float32", num_gpu_blocks_override=100)
-    cuda, _ = run(model, device="cuda", dtype="float32", num_gpu_blocks_override=100, max_num_batched_tokens=64)
+    cuda, _ = run(model, device="cuda", dtype="float32", num_gpu_blocks_override=100, max_num_batched_tokens=64,
+                  attention_backend=backend)
     assert [o.token_ids for o in cuda] == [o.token_ids for o in cpu]
     for a, b in zip(cpu, cuda):
         assert a.cumulative_logprob == pytest.approx(b.cumulative_logprob, abs=1e-3)
@@ -61,8 +63,10 @@ def test_the_oracle_on_cuda_with_a_measured_cache(name, shared_fixtures):
     assert [o.outputs[0].token_ids for o in outputs] == [oracle[f"greedy_{i}"].flatten().tolist() for i in range(3)]
 
 
-def test_bfloat16_runs_and_agrees_mostly(llama):
-    cpu, _ = run(llama, device="cpu", dtype="bfloat16", num_gpu_blocks_override=100)
-    cuda, _ = run(llama, device="cuda", dtype="bfloat16", num_gpu_blocks_override=100)
+@pytest.mark.parametrize("cache", ["auto", "fp8"])
+def test_bfloat16_runs_and_agrees_mostly(llama, cache):
+    settings = dict(dtype="bfloat16", num_gpu_blocks_override=100, kv_cache_dtype=cache)
+    cpu, _ = run(llama, device="cpu", **settings)
+    cuda, _ = run(llama, device="cuda", **settings)
     first = [a.token_ids[0] == b.token_ids[0] for a, b in zip(cpu, cuda)]
     assert sum(first) >= len(first) - 1

@@ -182,16 +182,16 @@ def test_a_real_interrupt_in_a_step_waits_for_its_end(llm, plain, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_chat_goes_through_the_template(llama, tmp_path):
-    from nybble.engine.demo import write_demo
+def test_chat_goes_through_the_template():
+    from nybble.engine.demo import demo_checkpoint
 
-    write_demo(tmp_path)
-    demo = LLM(str(tmp_path), use_tqdm_on_load=False)
+    folder = demo_checkpoint("bf16")
+    demo = LLM(str(folder), use_tqdm_on_load=False)
     messages = [{"role": "user", "content": "Hi"}]
     (output,) = demo.chat(messages, GREEDY, use_tqdm=False)
     many = demo.chat([messages, messages], GREEDY, use_tqdm=False)
     tokenizer = demo.get_tokenizer()
-    expected = transformers.AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
+    expected = transformers.AutoTokenizer.from_pretrained(folder).apply_chat_template(
         messages, add_generation_prompt=True, return_dict=False)
     assert output.prompt_token_ids == expected == tokenizer.apply_chat_template(messages)
     assert [o.outputs[0].token_ids for o in many] == [output.outputs[0].token_ids] * 2

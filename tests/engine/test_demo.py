@@ -1,83 +1,79 @@
-"""The embedded model: made once, whatever races or forbids, and it says what it is."""
+"""The embedded model: whole, checked, what it says it is, and read by others."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
-from pathlib import Path
+import shutil
 
 import pytest
 
 from nybble import LLM, EngineArgs, SamplingParams
 from nybble.engine import demo
+from nybble.engine.args import DEMO, DEMO_FORMS
+from nybble.engine.cli import main
+from nybble.models.demo.tasks import take
+from nybble.plugins.errors import CheckpointError
+
+FORMS = sorted(set(DEMO_FORMS.values()))
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("NYBBLE_CACHE_DIR", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+def test_all_forms_are_there_and_small():
+    folders = [demo.demo_checkpoint(form) for form in FORMS]
+    assert sum(file.stat().st_size for folder in folders for file in folder.iterdir()) < 8e6
+    for folder in folders:
+        config = json.loads((folder / "config.json").read_text())
+        assert config["nybble_demo"] is True and config["architectures"] == ["MixtralForCausalLM"]
+        assert ("quantization_config" in config) is (folder.name != "bf16")
 
 
-def test_made_once_small_and_the_same_each_time(cache, tmp_path):
-    folder = demo.demo_checkpoint()
-    assert folder.parent == cache and demo.demo_checkpoint() == folder
-    assert sum(f.stat().st_size for f in folder.iterdir()) < 4 << 20
-    (tmp_path / "again").mkdir()
-    demo.write_demo(tmp_path / "again")
-    for file in folder.iterdir():
-        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
-
-
-def test_two_processes_make_one(cache):
-    with multiprocessing.get_context("spawn").Pool(3) as pool:
-        folders = pool.map(_make, [str(cache)] * 6)
-    assert len(set(folders)) == 1 and [p.name for p in cache.iterdir()] == [Path(folders[0]).name]
-
-
-def _make(cache: str) -> str:
-    import os
-
-    os.environ["NYBBLE_CACHE_DIR"] = cache
-    return str(demo.demo_checkpoint())
-
-
-def test_a_read_only_cache_is_no_obstacle(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("NYBBLE_CACHE_DIR", str(tmp_path / "file" / "below"))
-    assert (demo.demo_checkpoint() / "config.json").is_file()
-
-
-@pytest.mark.parametrize("name", demo.FILES)
-def test_a_damaged_copy_is_replaced(cache, name):
-    folder = demo.demo_checkpoint()
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", demo.SUMS])
+def test_a_damaged_or_missing_file_is_refused(tmp_path, name):
+    folder = shutil.copytree(demo.WEIGHTS / "gptq", tmp_path / "gptq")
+    assert demo.demo_checkpoint("gptq", tmp_path) == folder
+    if name != demo.SUMS:
+        (folder / name).write_bytes((folder / name).read_bytes()[:-1] + b"?")
+        with pytest.raises(CheckpointError, match=f"(?s)not as it was published.*{name}.*install nybble again"):
+            demo.demo_checkpoint("gptq", tmp_path)
     (folder / name).unlink()
-    assert demo.demo_checkpoint() == folder and (folder / name).is_file()
-    assert [p.name for p in cache.iterdir()] == [folder.name]
+    with pytest.raises(CheckpointError, match=f"(?s)not whole.*{name}"):
+        demo.demo_checkpoint("gptq", tmp_path)
 
 
-def test_other_users_may_read_it(cache):
-    assert demo.demo_checkpoint().stat().st_mode & 0o755 == 0o755
-
-
-def test_other_models_pass_through():
+def test_names_resolve_and_other_models_pass_through():
     args = EngineArgs(model="somewhere")
     assert demo.resolve_demo(args) is args
+    for name, form in DEMO_FORMS.items():
+        found = demo.resolve_demo(EngineArgs(model=name))
+        assert (found.model, found.served_model_name) == (str(demo.WEIGHTS / form), name)
+    assert demo.resolve_demo(EngineArgs(served_model_name="mine")).served_model_name == "mine"
 
 
-def test_it_answers_and_is_marked(cache):
+def test_it_answers_and_is_marked():
     llm = LLM(use_tqdm_on_load=False, num_gpu_blocks_override=50)
     config = llm.llm_engine.config.model
-    assert config.is_demo and config.served_model_name == "nybble-demo"
-    (output,) = llm.generate("Hello", SamplingParams(temperature=0, max_tokens=20), use_tqdm=False)
-    assert len(output.outputs[0].text) == 20 and output.outputs[0].text.isprintable()
+    assert config.is_demo and config.served_model_name == DEMO and config.quantization == "gptq"
+    examples = take("reverse", 4, held_out=True)
+    outputs = llm.generate([e.prompt for e in examples], SamplingParams(temperature=0, max_tokens=30), use_tqdm=False)
+    assert [output.outputs[0].text for output in outputs] == [e.answer for e in examples]
+    assert {output.outputs[0].finish_reason for output in outputs} == {"stop"}
     llm.shutdown()
 
 
-def test_transformers_reads_it_as_it_is(cache, transformers_greedy):
-    folder = demo.demo_checkpoint()
+def test_transformers_reads_it_as_it_is(transformers_greedy):
+    folder = demo.demo_checkpoint("bf16")
     llm = LLM(str(folder), use_tqdm_on_load=False, num_gpu_blocks_override=50)
-    prompt = llm.get_tokenizer().encode("The quick brown fox")
+    prompt = llm.get_tokenizer().encode("345+678=")
     (output,) = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=24, ignore_eos=True), use_tqdm=False)
     assert [output.outputs[0].token_ids] == transformers_greedy(folder, [prompt], 24)
-    assert json.loads((folder / "config.json").read_text())["nybble_demo"] is True
     llm.shutdown()
+
+
+def test_the_command_shows_answers_experts_and_how_to_serve(capsys):
+    code, (out, err) = main(["demo", "--form", "awq", "--num-gpu-blocks-override", "60"]), capsys.readouterr()
+    assert code == 0 and "toy model" in err
+    assert out.count("expected:") == 3 and "3 of 3 right" in out and "not the same" not in out
+    assert "model.layers.2" in out and out.endswith("Serve it:  nybble serve nybble-demo-awq\n")
+
+
+def test_the_command_takes_no_other_model(capsys):
+    assert main(["demo", "/somewhere"]) == 2 and "model of its own" in capsys.readouterr().err

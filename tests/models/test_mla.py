@@ -38,7 +38,8 @@ def attend(layer, q, latent, k_pe, rope, cuts):
     for start, end in zip((0, *cuts), (*cuts, TOKENS)):
         these = slice(start, end)
         step = StepShape(query_lens=np.array([end - start]), seq_lens=np.array([end]), block_table=table,
-                         host_block_table=table.numpy(), slots=slots[these])
+                         host_block_table=table.numpy(), slots=slots[these], max_query_len=end - start,
+                         query_start=torch.tensor([0, end - start]).int(), device_seq_lens=torch.tensor([end]).int())
         batch = Batch(ids=positions[these], positions=positions[these], attn=backend.prepare(step))
         out.append(layer(q[these], latent[these], k_pe[these], tuple(t[these] for t in rope), batch))
     return torch.cat(out)

@@ -38,7 +38,8 @@ def host():
         lambda: {"eager": f"{__name__}:Eager", "narrow": f"{__name__}:Narrow"})
     host = PluginHost.load(allow=None, extra=[("more", plugin)])
     targets = {"torch": TorchPagedBackend, "eager": Eager, "narrow": Narrow}
-    host.resolve = lambda kind, name: targets[name]  # test modules cannot be imported by name
+    resolve = host.resolve  # test modules cannot be imported by name
+    host.resolve = lambda kind, name: targets.get(name) or resolve(kind, name)
     return host
 
 
@@ -49,13 +50,14 @@ def problems(head_dim, layers=2):
 
 @pytest.mark.parametrize("head_dim, pin, chosen, refusals", [
     (64, None, "narrow", {"torch": "narrow goes first (priority 9 over 0)",
-                              "eager": "narrow goes first (priority 9 over 5)"}),
+                          "eager": "narrow goes first (priority 9 over 5)"}),
     (128, None, "eager", {"torch": "eager goes first (priority 5 over 0)", "narrow": "head_dim 128 > 64"}),
+    (128, None, "eager", {"triton": "runs on CUDA, not on cpu"}),
     (128, "torch", "torch", {}),
 ])
 def test_choice_and_reasons(host, head_dim, pin, chosen, refusals):
     choice = choose_attention_backend(problems(head_dim), pin, host)
-    assert (choice.chosen.name, choice.refusals) == (chosen, refusals)
+    assert choice.chosen.name == chosen and choice.refusals.items() >= refusals.items()
 
 
 def test_a_pin_that_cannot_run_says_why(host):

@@ -56,7 +56,7 @@ def test_config_show_names_every_origin(
 
 def test_config_show_of_the_demo(nybble: Run) -> None:
     rows = {r["name"]: r for r in json.loads(nybble("config", "show", "--json")[1])}
-    assert rows["model"]["origin"] == "generated demo checkpoint"
+    assert rows["model"]["origin"] == "embedded demo checkpoint"
     assert rows["served_model_name"]["value"] == "nybble-demo"
 
 

@@ -123,7 +123,7 @@ def test_an_empty_key_variable_does_not_open_the_server(
     assert nybble("serve", "folder")[0] == 2 and not served
 
 
-def test_the_demo_is_written_and_announced(nybble: Run, served: list[tuple[EngineArgs, ServerArgs]]) -> None:
+def test_the_demo_is_found_and_announced(nybble: Run, served: list[tuple[EngineArgs, ServerArgs]]) -> None:
     _, _, err = nybble("serve")
     assert Path(served[0][0].model, "config.json").is_file()
     assert "toy model" in err

@@ -1,0 +1,170 @@
+"""Compiled ops: where a library would come from, why not from elsewhere, and the op itself, loaded once a process."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..plugins import env
+from ..plugins.errors import KernelBuildError, did_you_mean
+from ..plugins.log import get_logger
+from .build_cache import SOURCES, cache_folder, file_name
+from .jit import Builder
+from .toolchain import find_cutlass, find_tools
+from .units import LIBRARIES, KernelLibrary, library_of
+
+if TYPE_CHECKING:
+    import torch
+
+log = get_logger(__name__)
+
+DEFAULT_ARCH = "90a"
+PACKAGED = SOURCES / "prebuilt"
+Look = Callable[[KernelLibrary, str], tuple[Path | None, str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolution:
+    """Where one library comes from.
+
+    Attributes:
+        source: "folder" (NYBBLE_KERNELS_DIR), "package", "cache" or "jit"; None when no source has it.
+        path: its file; None when it is still to be built.
+        refusals: every source that was passed over, and why.
+    """
+
+    source: str | None
+    path: Path | None
+    refusals: Mapping[str, str]
+
+    @property
+    def missing(self) -> str | None:
+        """None when the library can be had, else every reason why not."""
+        if self.source is not None:
+            return None
+        return "; ".join(f"{source}: {reason}" for source, reason in self.refusals.items())
+
+
+def resolve(library: KernelLibrary, arch: str) -> Resolution:
+    """The first source that has a library for a device, without building anything."""
+    looks: dict[str, Look] = {"folder": _in_folder, "package": _in_package, "cache": _in_cache, "jit": _by_jit}
+    refusals: dict[str, str] = {}
+    for source, look in looks.items():
+        path, reason = look(library, arch)
+        if not reason:
+            return Resolution(source=source, path=path, refusals=refusals)
+        refusals[source] = reason
+    return Resolution(source=None, path=None, refusals=refusals)
+
+
+def _in_folder(library: KernelLibrary, arch: str) -> tuple[Path | None, str]:
+    folder = env.read_str("NYBBLE_KERNELS_DIR")
+    return _prebuilt(Path(folder), library, arch) if folder else (None, "NYBBLE_KERNELS_DIR is not set")
+
+
+def _in_package(library: KernelLibrary, arch: str) -> tuple[Path | None, str]:
+    return _prebuilt(PACKAGED, library, arch)
+
+
+def _prebuilt(folder: Path, library: KernelLibrary, arch: str) -> tuple[Path | None, str]:
+    wanted = folder / file_name(library, arch)
+    if wanted.is_file():
+        return wanted, ""
+    others = ", ".join(sorted(path.name for path in folder.glob(f"{library.name}-sm*.so")))
+    if others:
+        return None, f"{folder} has {others}, of other sources or for another device: not {wanted.name}"
+    return None, f"{folder} has no {wanted.name}"
+
+
+def _in_cache(library: KernelLibrary, arch: str) -> tuple[Path | None, str]:
+    root = cache_folder()
+    tools, _ = find_tools()
+    if tools is not None:
+        path = Builder(tools=tools, arch=arch, cache=root).cached(library)
+        return (path, "") if path.is_file() else (None, f"{path.parent} does not hold {path.name}")
+    # nothing here could build a better one: any of these sources will do
+    folder = root / Path(file_name(library, arch)).stem
+    built = sorted(folder.glob("*.so"), key=lambda path: path.stat().st_mtime)
+    return (built[-1], "") if built else (None, f"there is no {folder}")
+
+
+def _by_jit(library: KernelLibrary, arch: str) -> tuple[Path | None, str]:
+    if not env.read_flag("NYBBLE_JIT", default=True):
+        return None, "NYBBLE_JIT=0 forbids compiling"
+    tools, reason = find_tools()
+    if tools is not None and any(unit.cutlass for unit in library.units):
+        reason = find_cutlass()[1]
+    return None, reason
+
+
+def obtain(library: KernelLibrary, arch: str) -> Path:
+    """The library's file, built if need be. Raises KernelBuildError with every source's reason."""
+    resolution = resolve(library, arch)
+    if resolution.path is not None:
+        return resolution.path
+    tools, _ = find_tools()
+    if resolution.source is None or tools is None:
+        raise KernelBuildError(f"{library.name} for sm_{arch} cannot be had", found=resolution.missing,
+                               fix="nybble kernels build --out DIR where nvcc is, then NYBBLE_KERNELS_DIR=DIR here")
+    built = Builder(tools=tools, arch=arch, cache=cache_folder()).build(library)
+    log.info("built %s in %.1f s", library.name, built.seconds)
+    return built.path
+
+
+def export(library: KernelLibrary, arch: str, built: Path, folder: Path) -> Path:
+    """Copy a built library to where NYBBLE_KERNELS_DIR may point."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return Path(shutil.copy(built, folder / file_name(library, arch)))
+
+
+def device_arch(device: torch.device | None = None) -> str:
+    """What nvcc calls a CUDA device; Hopper's where there is none. Architecture-specific features are asked for."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return DEFAULT_ARCH
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{major}{minor}" + ("a" if major >= 9 else "")
+
+
+def op_missing(op: str, device: torch.device) -> str | None:
+    """Why a compiled op cannot be had for a device, every source's reason; None when it can. Builds nothing."""
+    if device.type != "cuda":
+        return f"runs on CUDA, not on {device.type}"
+    return resolve(_library(op), device_arch(device)).missing
+
+
+@cache
+def load_op(op: str, arch: str | None = None) -> Any:
+    """`torch.ops.nybble.<op>`'s overload, whose call is cheapest; finds, builds and loads its library the first time.
+
+    Raises KernelBuildError when the library cannot be had or loaded.
+    """
+    import torch
+
+    _load(_library(op), arch or device_arch())
+    return getattr(torch.ops.nybble, op).default
+
+
+@cache
+def _load(library: KernelLibrary, arch: str) -> None:
+    import torch
+
+    path = obtain(library, arch)
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        raise KernelBuildError(f"{path} does not load", found=error,
+                               fix="remove it, and it is built anew; it needs torch >= 2.11") from error
+
+
+def _library(op: str) -> KernelLibrary:
+    library = library_of(op)
+    if library is None:
+        known = [op for library in LIBRARIES for op in library.ops]
+        raise KernelBuildError(f"there is no compiled op {op!r}", known=known, fix=did_you_mean(op, known))
+    return library

@@ -1,0 +1,170 @@
+"""The Triton attention kernel against float64 over ragged batches: paged K and V, latent rows, plain keys."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from itertools import accumulate, pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from nybble.csrc.attention import AttentionTile, Ragged, attend_latent, attend_paged, attend_plain
+from nybble.csrc.attention.paged import LATENT, MAX_SPLITS, TILES, shrunk, splits_for
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+NAN, FP8 = float("nan"), torch.float8_e4m3fn
+# Queries and keys of requests: alone, over prefixes, at the edges of tiles and pages, and a padding row.
+MIXED = [(1, 1), (5, 5), (17, 200), (0, 3), (1, 65), (40, 40), (1, 0), (5, 63)]
+DECODE = [(1, n) for n in (1, 15, 16, 17, 63, 64, 65, 200, 0)]
+# Small tiles reach every edge of the loops; those of the table would hold whole tests.
+SMALL = AttentionTile(m=16, n=32, warps=4, stages=2)
+DTYPES = [pytest.param(torch.float16, id="fp16"), pytest.param(torch.bfloat16, id="bf16", marks=pytest.mark.gpu)]
+EXACT = [*DTYPES, pytest.param(torch.float32, id="fp32")]
+
+
+def ragged(lens, page, rng, spare=2):
+    """(batch, number of blocks, slots of each request's keys): blocks in any order, unused table entries poisoned."""
+    counts = [-(-keys // page) for _, keys in lens]
+    order = (torch.randperm(sum(counts), generator=rng) + 1).int()
+    table = torch.full((len(lens), max(counts) + spare), 2**30, dtype=torch.int32)
+    slots, at = [], 0
+    for row, (count, (_, keys)) in enumerate(zip(counts, lens)):
+        table[row, :count] = order[at : at + count]
+        at += count
+        n = torch.arange(keys)
+        slots.append(table[row, n // page].long() * page + n % page)
+    starts = torch.tensor([0, *accumulate(queries for queries, _ in lens)], dtype=torch.int32)
+    batch = Ragged(query_start=starts.to(DEVICE), seq_lens=torch.tensor([n for _, n in lens], dtype=torch.int32,
+                   device=DEVICE), block_table=table.to(DEVICE), max_query_len=max(q for q, _ in lens))
+    return batch, sum(counts) + 1, slots
+
+
+def expected(lens, q, keys, values, scale, window=None):
+    """float64 attention; keys and values: a request's [L, heads, D] each. A request without keys gets zeros."""
+    out, at = [], 0
+    for (queries, length), k, v in zip(lens, keys, values):
+        mine, at = q[at : at + queries].double(), at + queries
+        group = q.shape[1] // k.shape[1]
+        k, v = (x.double().repeat_interleave(group, 1) for x in (k, v))
+        position = torch.arange(length - queries, length, device=q.device)[:, None]
+        key = torch.arange(length, device=q.device)[None]
+        hidden = (key > position) | (key <= position - (window or 2**30))
+        scores = torch.einsum("qhd,khd->hqk", mine, k).mul(scale).masked_fill(hidden, -torch.inf)
+        out.append(torch.einsum("hqk,khv->qhv", scores.softmax(-1).nan_to_num(0.0), v))
+    return torch.cat(out)
+
+
+def close(found, wanted, dtype):
+    """Scores of size one: a probability is rounded to the dtype before it meets the values, and so is their sum."""
+    assert found.dtype == dtype and found.isfinite().all()
+    eps = max(torch.finfo(dtype).eps, 2**-18)
+    torch.testing.assert_close(found.double(), wanted, rtol=2 * eps, atol=4 * eps)
+
+
+def paged_case(lens, heads, kv_heads, width, page, dtype, cache_dtype=None, seed=0):
+    """Random q, and a cache that holds NaN wherever nothing was written."""
+    rng = torch.Generator().manual_seed(seed)
+    batch, blocks, slots = ragged(lens, page, rng)
+    q = torch.randn(sum(n for n, _ in lens), heads, width, generator=rng).to(DEVICE, dtype)
+    cache = torch.full((2, blocks * page, kv_heads, width), NAN)
+    kept = [torch.randn(2, len(at), kv_heads, width, generator=rng).to(cache_dtype or dtype).float() for at in slots]
+    for at, kv in zip(slots, kept):
+        cache[:, at] = kv
+    cache = cache.view(2, blocks, page, kv_heads, width).to(cache_dtype or dtype).to(DEVICE)
+    return batch, q, cache, [kv[0].to(DEVICE) for kv in kept], [kv[1].to(DEVICE) for kv in kept]
+
+
+@pytest.mark.parametrize("dtype", EXACT)
+@pytest.mark.parametrize("lens", [pytest.param(MIXED, id="mixed"), pytest.param(DECODE, id="decode")])
+@pytest.mark.parametrize("heads, kv_heads, width, page, window, tile", [
+    (4, 4, 32, 16, None, SMALL), (4, 2, 64, 64, None, SMALL), (8, 2, 128, 16, None, None), (7, 1, 80, 16, None, SMALL),
+    (4, 2, 8, 32, None, SMALL), (4, 2, 64, 16, 1, SMALL), (7, 1, 32, 64, 37, SMALL), (2, 1, 96, 4, 64, None)])
+def test_ragged_batches(dtype, lens, heads, kv_heads, width, page, window, tile):
+    batch, q, cache, keys, values = paged_case(lens, heads, kv_heads, width, page, dtype)
+    found = attend_paged(q, cache, batch, scale=width**-0.5, window=window, splits=1, tile=tile)
+    close(found, expected(lens, q, keys, values, width**-0.5, window), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("splits", [2, 8, None])
+@pytest.mark.parametrize("lens, window", [(DECODE, None), (DECODE, 37), ([(3, 200), (1, 17), (2, 0), (4, 63)], None)],
+                         ids=["decode", "window", "short queries"])
+def test_splits_give_what_one_pass_gives(monkeypatch, dtype, splits, lens, window):
+    monkeypatch.setattr("nybble.csrc.attention.paged.MIN_SHARE", 32)
+    batch, q, cache, keys, values = paged_case(lens, 4, 1, 48, 16, dtype)
+    found = attend_paged(q, cache, batch, scale=0.2, window=window, splits=splits, tile=SMALL)
+    close(found, expected(lens, q, keys, values, 0.2, window), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("lens", [pytest.param(MIXED, id="mixed"), pytest.param(DECODE, id="decode")])
+def test_a_cache_of_eight_bits_times_its_scales(dtype, splits, lens):
+    batch, q, cache, keys, values = paged_case(lens, 4, 2, 64, 16, dtype, FP8)
+    found = attend_paged(q, cache, batch, scale=0.1, k_scale=0.5, v_scale=2.0, splits=splits, tile=SMALL)
+    wanted = expected(lens, q, [0.5 * k for k in keys], [2.0 * v for v in values], 0.1)
+    close(found / 2, wanted / 2, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lens, splits", [(MIXED, 1), (DECODE, 1), (DECODE, 3)], ids=["mixed", "decode", "splits"])
+@pytest.mark.parametrize("heads, latent, pe, page, cache_dtype", [
+    (4, 32, 8, 16, None), (16, 64, 16, 64, None), (24, 24, 16, 16, None), (4, 64, 16, 16, FP8)],
+    ids=["4x32", "16x64", "24x24", "fp8"])
+def test_latent_rows(monkeypatch, dtype, lens, splits, heads, latent, pe, page, cache_dtype):
+    monkeypatch.setattr("nybble.csrc.attention.paged.MIN_SHARE", 32)
+    batch, q, cache, rows, _ = paged_case(lens, heads, 1, latent + pe, page, dtype, cache_dtype)
+    scale = 0.5 if cache_dtype else 1.0
+    found = attend_latent(q[..., :latent], q[..., latent:], cache[:1], batch, scale=0.2, kv_scale=scale, splits=splits,
+                          tile=SMALL)
+    rows = [scale * row for row in rows]
+    close(found, expected(lens, q, rows, [row[..., :latent] for row in rows], 0.2), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_plain_keys_with_a_part_that_all_heads_share(dtype):
+    lens, heads, nope, pe, value = [(5, 5), (17, 40), (1, 33)], 3, 32, 8, 24
+    rng = torch.Generator().manual_seed(0)
+    batch, *_ = ragged(lens, 16, rng)
+    total, starts = sum(n for _, n in lens), [0, *accumulate(n for _, n in lens)]
+    q = torch.randn(sum(n for n, _ in lens), heads, nope + pe, generator=rng).to(DEVICE, dtype)
+    kv = torch.randn(total, heads, nope + value, generator=rng).to(DEVICE, dtype)
+    k_pe = torch.randn(total, 1, pe, generator=rng).to(DEVICE, dtype)
+    k, v = kv.split((nope, value), -1)
+    found = attend_plain(q[..., :nope], q[..., nope:], k, k_pe, v, batch, scale=0.2, tile=SMALL,
+                         key_start=torch.tensor(starts[:-1], dtype=torch.int32, device=DEVICE))
+    whole = torch.cat((k, k_pe.expand(-1, heads, -1)), -1)
+    pieces = [slice(a, b) for a, b in pairwise(starts)]
+    close(found, expected(lens, q, [whole[p] for p in pieces], [v[p] for p in pieces], 0.2), dtype)
+
+
+def test_an_empty_batch():
+    batch, q, cache, *_ = paged_case([(0, 5)], 2, 1, 32, 16, torch.float16)
+    assert attend_paged(q, cache, batch, scale=1.0).shape == (0, 2, 32)
+
+
+@pytest.mark.parametrize("programs, max_len, splits", [(1, 100_000, 2), (2, 100_000, 1), (5, 100_000, 1), (1, 200, 2),
+                                                       (1, 128, 1)])
+def test_splits_depend_on_nothing_but_shapes(programs, max_len, splits):
+    cpu = torch.device("cpu")
+    assert splits_for(programs, max_len, cpu) == splits <= MAX_SPLITS
+
+
+@pytest.mark.parametrize("tile", [*TILES, *LATENT], ids=lambda t: f"{t.m}x{t.n}")
+@pytest.mark.parametrize("room", [99 * 1024, 163 * 1024, 227 * 1024])
+@pytest.mark.parametrize("key_bytes", [128, 512, 1024, 1152, 2304])
+def test_tiles_shrink_to_fit_a_device(tile, room, key_bytes):
+    small = shrunk(tile, key_bytes, 1, room)
+    assert (small.m + small.n * (small.stages - 1)) * key_bytes <= room
+    assert small == tile or (tile.m + tile.n * (tile.stages - 1)) * key_bytes > room
+
+
+def test_real_shapes_compile_for_hopper_and_are_pipelined(tmp_path):
+    """In a process of its own: this one interprets."""
+    env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, Path(__file__).with_name("compile_sm90.py")], env=env, text=True,
+                          capture_output=True, check=False)
+    assert (done.stdout, done.returncode) == ("", 0), done.stderr
