@@ -19,12 +19,14 @@ class Benchmark(NamedTuple):
 BENCHMARKS = {
     "latency": Benchmark("wall time of one batch", "latency"),
     "throughput": Benchmark("tokens per second of many requests at once", "throughput"),
+    "offline": Benchmark("fixed workloads on real shapes, beside their floors and another engine", "offline"),
     "serve": Benchmark("a running server under load: TTFT, TPOT, ITL, throughput", "serve"),
     "transformers": Benchmark("the same requests through transformers' generate and nybble", "transformers_peer"),
     "kernels": Benchmark("linear kernels against their floors", "kernels"),
     "methods": Benchmark("one model in every quantization format", "methods"),
     "moe": Benchmark("fused experts of real models against their floors and torch's grouped products", "moe"),
     "step": Benchmark("host time of scheduling and input preparation", "step"),
+    "idle": Benchmark("share of a decode step in which the device waits, kernels and host time", "idle"),
     "startup": Benchmark("process start to ready", "startup"),
     "compare": Benchmark("two result files; exit code 1 on a regression", "compare"),
 }

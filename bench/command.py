@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from ..engine.cli.parser import Parser, add_engine_flags, add_settings, engine_args, without_demo
 from ..engine.settings import flag_entries
 from ..engine.values import merge
+from ..plugins.errors import UsageError, did_you_mean
 from .results import Result, print_result, write_json
 
 if TYPE_CHECKING:
@@ -44,6 +45,15 @@ def start_engine(parsed: Namespace) -> LLM:
     from ..engine.llm import LLM
 
     return LLM.from_engine_args(args)
+
+
+def pick(asked: str, known: Mapping[str, T], what: str, *, every: Mapping[str, T] | None = None) -> dict[str, T]:
+    """The entries named by a comma-separated list; "all" is all of `every`, or of `known`. Raises UsageError."""
+    names = list(known if every is None else every) if asked == "all" else [n.strip() for n in asked.split(",")]
+    for name in names:
+        if name not in known:
+            raise UsageError(f"there is no {what} {name!r}", known=known, fix=did_you_mean(name, known))
+    return {name: known[name] for name in names}
 
 
 def publish(result: Result, output_json: str | None) -> None:

@@ -57,24 +57,22 @@ def copies_for(nbytes: int, device: torch.device) -> int:
     return max(1, -(-CACHE_TIMES * cache // nbytes))
 
 
-def time_calls(calls: Sequence[Callable[[], object]], device: torch.device, *, samples: int = 15) -> list[float]:
-    """Seconds a call, `samples` times: all `calls` one after another, as a CUDA graph where there is one."""
+def time_calls(calls: Sequence[Callable[[], object]], device: torch.device, *, samples: int = 15,
+               graph: bool = True) -> list[float]:
+    """Seconds a call, `samples` times: all `calls` one after another, on CUDA as a graph unless that is not wanted."""
     for call in calls:
         call()
     if device.type == "cpu":
         return [_wall(calls) for _ in range(samples)]
     torch.cuda.synchronize(device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
+    replay = _captured(calls) if graph else lambda: _run(calls)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     repeats = 1
     seconds = []
     for sample in range(samples + 3):
         start.record()
         for _ in range(repeats):
-            graph.replay()
+            replay()
         end.record()
         end.synchronize()
         taken = start.elapsed_time(end) / 1e3
@@ -85,8 +83,24 @@ def time_calls(calls: Sequence[Callable[[], object]], device: torch.device, *, s
     return seconds
 
 
-def _wall(calls: Sequence[Callable[[], object]]) -> float:
-    start = time.perf_counter()
+def _run(calls: Sequence[Callable[[], object]]) -> None:
     for call in calls:
         call()
+
+
+def _captured(calls: Sequence[Callable[[], object]]) -> Callable[[], None]:
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            _run(calls)
+    except RuntimeError:  # a capture that fails leaves its own stream behind as the current one
+        torch.cuda.set_stream(stream)
+        torch.cuda.synchronize()
+        raise
+    return graph.replay
+
+
+def _wall(calls: Sequence[Callable[[], object]]) -> float:
+    start = time.perf_counter()
+    _run(calls)
     return (time.perf_counter() - start) / len(calls)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -17,14 +17,17 @@ from ..csrc.quantize import dequantize, quantize
 from ..csrc.scheme import Activation, Scheme
 from ..csrc.select import LinearKernel, Problem
 from ..engine.args import setting
-from ..engine.loader.kernels import linear_kernels
-from ..plugins.errors import UsageError, did_you_mean
+from ..engine.loader.kernels import linear_kernels, moe_backends
+from ..plugins.errors import UsageError
 from ..plugins.manager import PluginHost
-from .command import make_parser, publish, read_settings
-from .floors import Floors, copies_for, measure_floors, time_calls
-from .results import Metric, make_result
+from .command import make_parser, pick, read_settings
+from .floors import copies_for, measure_floors
+from .measured import COLUMNS, Collector, Measured
+from .page import write_page
+from .results import make_result, write_json
 
 T = TypeVar("T")
+WRONG = 1
 
 # (outputs, inputs) of a layer's products.
 SHAPES = {
@@ -56,81 +59,133 @@ ROUND_INPUTS = ("tiles",)
 KEEP_INPUTS = ("triton_w8a16",)
 
 
+FAMILIES = ("linear", "attention", "moe")
+
+
 @dataclass(frozen=True, kw_only=True)
 class KernelArgs:
     """What is run."""
 
-    shapes: str = setting("llama-3-8b", "whose layers", group="benchmark", choices=tuple(SHAPES))
+    family: str = setting("linear", "which kernels", group="benchmark", choices=(*FAMILIES, "all"))
+    shapes: str = setting("llama-3-8b", "whose layers; small runs every family on a CPU in seconds",
+                          group="benchmark", choices=tuple(SHAPES))
     tokens: str = setting("1,16,128,2048", "tokens in a step, separated by commas", group="benchmark")
-    schemes: str = setting("all", "schemes, separated by commas", group="benchmark")
-    kernels: str = setting("all", "kernels, separated by commas", group="benchmark")
+    schemes: str = setting("all", "schemes of linear layers, separated by commas", group="benchmark")
+    kernels: str = setting("all", "kernels or backends, separated by commas", group="benchmark")
     dtype: str = setting("bfloat16", "of inputs and outputs", group="benchmark",
                          choices=("bfloat16", "float16", "float32"))
     device: str = setting("cuda", "cuda or cpu", group="benchmark", choices=("cuda", "cpu"))
     samples: int = setting(15, "times each is timed", group="benchmark", low=1)
+    budget: float = setting(0.0, "seconds, shared by the families, after which no case is begun (0: no limit)",
+                            group="benchmark", low=0)
+    html: str | None = setting(None, "a page with rooflines and curves to write there", group="benchmark")
 
 
 def main(argv: list[str]) -> int:
-    parser = make_parser("kernels", KernelArgs, "Time linear kernels with cold weights beside torch's 16-bit product. "
-                                                "A kernel whose result breaks the numerical contract is not timed.")
+    parser = make_parser("kernels", KernelArgs, "Time every registered kernel with cold inputs, as CUDA graphs, beside "
+                                                "torch and the card's own floors. A kernel whose result breaks the "
+                                                "numerical contract is not timed.")
     parsed = parser.parse(argv)
     args = read_settings(KernelArgs, parsed)
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError("there is no CUDA device here", fix="--device cpu")
-    known = linear_kernels(PluginHost.load(), None).known
-    schemes, kernels = picked(args.schemes, SCHEMES, "scheme"), picked(args.kernels, known, "kernel")
     floors = measure_floors(device)
     print(f"floors: {floors.bandwidth / 1e9:.0f} GB/s, "
           + ", ".join(f"{kind} {rate / 1e12:.1f} T/s" for kind, rate in floors.operations.items()))
-    print(f"{'layer':<8} {'scheme':<12} {'kernel':<14} {'tokens':>6} {'us':>10} {'floor us':>9} {'share':>6} "
-          f"{'GB/s':>7} {'Tops':>7} {'error/bound':>11}")
-    metrics: dict[str, Metric] = {}
-    with torch.inference_mode():
+    print(COLUMNS, flush=True)
+    host = PluginHost.load()
+
+    def keep(collector: Collector) -> None:
+        result = make_result("kernels", argv, model=args.shapes, toy_model=False, device=args.device,
+                             workload=asdict(replace(args, html=None)), metrics=collector.metrics())
+        if parsed.output_json:
+            extra = {"floors": asdict(floors), "absent": collector.absent, "wrong": collector.wrong}
+            write_json(Path(parsed.output_json), result, extra)
+        if args.html:
+            write_page(Path(args.html), result, collector)
+
+    collector = Collector(floors=floors, device=device, samples=args.samples, keep=keep)
+    try:
+        with torch.inference_mode():
+            families = FAMILIES if args.family == "all" else (args.family,)
+            for number, family in enumerate(families, 1):
+                collector.budget = args.budget * number / len(families)
+                run_family(family, args, host, collector)
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+    finally:  # what was measured is kept, whatever happened to the rest
+        keep(collector)
+    return WRONG if collector.wrong else 0
+
+
+def run_family(family: str, args: KernelArgs, host: PluginHost, collector: Collector) -> None:
+    """Every case of a family, by every implementation that is registered and asked for."""
+    if family == "linear":
+        kernels = _asked(args, linear_kernels(host, None).known)
         for layer, shape in SHAPES[args.shapes].items():
-            for name, scheme in schemes.items():
-                metrics |= run_layer(layer, name, scheme, shape, kernels, args, floors)
-    publish(make_result("kernels", argv, model=args.shapes, toy_model=False, device=args.device,
-                        workload=asdict(args), metrics=metrics), parsed.output_json)
-    return 0
+            for name, scheme in pick(args.schemes, SCHEMES, "scheme").items():
+                run_layer(layer, name, scheme, shape, kernels, args, collector)
+    elif family == "attention":
+        from .attention import run_attention
+
+        run_attention(_asked(args, {name: host.resolve("attention_backend", name)
+                                    for name in host.names("attention_backend")}), args.shapes == "small",
+                      getattr(torch, args.dtype), collector)
+    else:
+        from .experts import run_experts
+
+        run_experts(_asked(args, moe_backends(host, None).known), args.shapes == "small",
+                    list(map(int, args.tokens.split(","))), linear_kernels(host, None), collector)
 
 
-def picked(asked: str, known: Mapping[str, T], what: str) -> dict[str, T]:
-    """The entries named by a comma-separated list; "all" is all. Raises UsageError."""
-    names = list(known) if asked == "all" else [name.strip() for name in asked.split(",")]
-    for name in names:
-        if name not in known:
-            raise UsageError(f"there is no {what} {name!r}", known=known, fix=did_you_mean(name, known))
-    return {name: known[name] for name in names}
+def _asked(args: KernelArgs, known: Mapping[str, T]) -> dict[str, T]:
+    """The kernels that are asked for; with several families a name need not be of each."""
+    if args.family == "all" and args.kernels != "all":
+        return {name: known[name] for name in args.kernels.split(",") if name in known}
+    return pick(args.kernels, known, "kernel")
 
 
 def run_layer(layer: str, label: str, scheme: Scheme, shape: tuple[int, int], kernels: Mapping[str, type[LinearKernel]],
-              args: KernelArgs, floors: Floors) -> dict[str, Metric]:
+              args: KernelArgs, collector: Collector) -> None:
     """Every kernel that takes the scheme, at every number of tokens, beside torch's product of 16-bit weights."""
-    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    if collector.done():
+        return
+    device, dtype, case = torch.device(args.device), getattr(torch, args.dtype), f"{layer}/{label}"
     matrix = random_matrix(scheme, *shape, device)
     weight = matrix.dequant(0, matrix.rows)
     problem = Problem.of(matrix, dtype)
-    metrics: dict[str, Metric] = {}
-    able = {name: kernel for name, kernel in kernels.items() if kernel.supports(problem) is None}
-    made = {name: _copies(partial(kernel, matrix, dtype), device) for name, kernel in able.items()}
+    refusals = {name: kernel.supports(problem) for name, kernel in kernels.items()}
+    made = {name: _copies(partial(kernels[name], matrix, dtype), device)
+            for name, refusal in refusals.items() if refusal is None}
     plain = weight.to(dtype)
     products = [plain.clone() for _ in range(copies_for(plain.nbytes, device))]
+    kind = scheme.activation.dtype if scheme.activation else "float"
+
+    def add(name: str, x: Tensor, calls: list[Callable[[], object]], stored: int, kind: str,
+            error: float | None) -> None:
+        moved = stored + x.nbytes + len(x) * matrix.rows * x.element_size()
+        collector.add(Measured(family="linear", case=case, kernel=name, size=len(x), moved=moved, kind=kind,
+                               operations=2.0 * len(x) * matrix.rows * matrix.columns, error=error,
+                               seconds=collector.time(name, calls)))
+
     for tokens in map(int, args.tokens.split(",")):
         x = torch.randn(tokens, matrix.columns, device=device, dtype=dtype) / 4
         for name, copies in made.items():
-            ratio = check(copies[0], scheme, matrix, x, weight)
-            if ratio > 1:
-                print(f"{layer:<8} {label:<12} {name:<14} {tokens:>6} WRONG: worst error {ratio:.3g} of its bound")
-                continue
-            stored = sum(tensor.nbytes for tensor in copies[0].weights.values())
-            seconds = time_calls([partial(copy, x) for copy in copies], device, samples=args.samples)
-            kind = scheme.activation.dtype if scheme.activation else "float"
-            metrics |= _row(layer, label, name, x, matrix.rows, stored, kind, seconds, floors, f"{ratio:.2f}")
-        seconds = time_calls([partial(torch.nn.functional.linear, x, w) for w in products], device,
-                             samples=args.samples)
-        metrics |= _row(layer, label, "torch-plain", x, matrix.rows, plain.nbytes, "float", seconds, floors, "-")
-    return metrics
+            try:
+                ratio = check(copies[0], scheme, matrix, x, weight)
+                if not ratio <= 1:
+                    collector.refuse(f"{case}/{name}/{tokens}", ratio, "of what is allowed")
+                    continue
+                stored = sum(tensor.nbytes for tensor in copies[0].weights.values())
+                add(name, x, [partial(copy, x) for copy in copies], stored, kind, ratio)
+            except RuntimeError as error:
+                collector.fail(f"{case}/{name}/{tokens}", error)
+        add("torch-plain", x, [partial(torch.nn.functional.linear, x, w) for w in products], plain.nbytes, "float",
+            None)
+    for name, refusal in refusals.items():
+        if refusal is not None:
+            collector.absent[f"{case}/{name}"] = refusal
 
 
 def _copies(make: Callable[[], LinearKernel], device: torch.device) -> list[LinearKernel]:
@@ -150,21 +205,6 @@ def check(kernel: LinearKernel, scheme: Scheme, matrix: QuantizedMatrix, x: Tens
         elif scheme.activation.dtype == "fp8_e4m3" and x.device.type == "cuda":
             bound = Bound(accumulate=FP8_ACCUMULATE)
     return check_product(actual, x, weight, bound=bound).ratio
-
-
-def _row(layer: str, label: str, name: str, x: Tensor, outputs: int, stored: int, kind: str, seconds: list[float],
-         floors: Floors, error: str) -> dict[str, Metric]:
-    """Print one measurement, and give it as a metric in microseconds."""
-    tokens, inputs = x.shape
-    moved = stored + x.nbytes + tokens * outputs * x.element_size()
-    operations = 2.0 * tokens * outputs * inputs
-    least, taken = floors.seconds(moved, operations, kind), statistics.median(seconds)
-    print(f"{layer:<8} {label:<12} {name:<14} {tokens:>6} {taken * 1e6:>10.1f} {least * 1e6:>9.1f}",
-          f"{least / taken:>6.1%} {moved / taken / 1e9:>7.0f} {operations / taken / 1e12:>7.1f} {error:>11}",
-          flush=True)
-    return {f"{layer}/{label}/{name}/{tokens}": Metric.of([1e6 * s for s in seconds], "us", better="lower"),
-            f"{layer}/{label}/{name}/{tokens}/share": Metric.of([least / s for s in seconds], "of floor",
-                                                               better="higher")}
 
 
 def random_matrix(scheme: Scheme, rows: int, columns: int, device: torch.device, seed: int = 0) -> QuantizedMatrix:

@@ -21,9 +21,9 @@ from ..moe.fused import FusedBackend
 from ..moe.reference import ReferenceBackend
 from ..plugins.errors import UsageError
 from ..quant import LayerShape, Linear, Part, Unquantized
-from .command import make_parser, publish, read_settings
+from .command import make_parser, pick, publish, read_settings
 from .floors import Floors, measure_floors, time_calls
-from .kernels import SCHEMES, TOKEN, picked, random_matrix
+from .kernels import SCHEMES, TOKEN, random_matrix
 from .results import Metric, make_result
 
 # hidden, intermediate, experts, top_k
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
     if not torch.cuda.is_available():
         raise UsageError("there is no CUDA device here", fix="run it where there is one")
     device = torch.device("cuda")
-    shapes, formats = picked(args.models, SHAPES, "model"), picked(args.formats, FORMATS, "format")
+    shapes, formats = pick(args.models, SHAPES, "model"), pick(args.formats, FORMATS, "format")
     floors = measure_floors(device)
     print(f"floors: {floors.bandwidth / 1e9:.0f} GB/s, "
           + ", ".join(f"{kind} {rate / 1e12:.0f} T/s" for kind, rate in floors.operations.items()))
@@ -201,7 +201,7 @@ def random_backend(scheme: Scheme | None, shape: tuple[int, int, int, int], devi
     return backend
 
 
-def check(backend: FusedBackend, scheme: Scheme | None, shape: tuple[int, int, int, int],
+def check(backend: Callable[[Tensor, Tensor, Tensor], Tensor], scheme: Scheme | None, shape: tuple[int, int, int, int],
           turn: tuple[Tensor, Tensor, Tensor]) -> float:
     """Relative error of the first tokens against float32 products of what the codes stand for, expert by expert.
 

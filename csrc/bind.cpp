@@ -5,6 +5,16 @@
 #include "attention/paged_attention.h"
 
 extern "C" {
+int nybble_fp8_few_rows(void* out, const void* x, const void* w, const float* x_scale, const float* w_scale,
+                        const void* bias, int m, int n, int k, int per_token, int per_channel, int half, cudaStream_t);
+int nybble_w4_few_rows(void* out, const void* x, const void* codes, const void* scales, const void* zeros,
+                       const void* bias, int m, int n, int k, int blocks, int blocks_per_group, int zero, int half,
+                       int scale_type, cudaStream_t);
+int nybble_w4_experts(void* out, const void* x, const int* slots, const int* tile_experts, const void* codes,
+                      const void* scales, const void* zeros, const void* up_codes, const void* up_scales,
+                      const void* up_zeros, int tiles, int rows_per_slot, int n, int k, int blocks,
+                      int blocks_per_group, int zero, int64_t code_bytes, int64_t table, int half, int scale_type,
+                      cudaStream_t);
 int nybble_paged_attention_v1(const PagedAttention*, cudaStream_t);
 int nybble_paged_attention_v2(const PagedAttention*, cudaStream_t);
 int nybble_reshape_and_cache(const void* k, const void* v, void* cache, const int64_t* slots, int64_t tokens,
@@ -18,6 +28,11 @@ using namespace nybble;
 
 bool is_bf16(const Tensor& t) { return t.scalar_type() == ScalarType::BFloat16; }
 bool is_fp8(const Tensor& t) { return t.scalar_type() == ScalarType::Float8_e4m3fn; }
+int scale_type(const Tensor& t) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Half || is_bf16(t),
+                  "scales must be float32, float16 or bfloat16");
+  return t.scalar_type() == ScalarType::Float ? 0 : is_bf16(t) ? 2 : 1;
+}
 int64_t plane_bytes(const Tensor& cache) { return cache.stride(0) * static_cast<int64_t>(cache.element_size()); }
 
 void check_cache(const Tensor& cache, const Tensor& values) {
@@ -107,9 +122,85 @@ void reshape_and_cache(Tensor k, Tensor v, Tensor cache, Tensor slots, double k_
         "reshape_and_cache");
 }
 
+void fp8_few_rows(Tensor out, Tensor x, Tensor w, Tensor x_scale, Tensor w_scale, std::optional<Tensor> bias) {
+  check_product(out, x, w, bias);
+  int64_t m = x.size(0), n = w.size(0), x_count = x_scale.numel() == 1 ? 1 : m, w_count = w_scale.numel() == 1 ? 1 : n;
+  check(nybble_fp8_few_rows(out.mutable_data_ptr(), x.const_data_ptr(), w.const_data_ptr(),
+                            floats(x_scale, x_count, "x_scale"), floats(w_scale, w_count, "w_scale"),
+                            bias ? bias->const_data_ptr() : nullptr, static_cast<int>(m), static_cast<int>(n),
+                            static_cast<int>(x.size(1)), x_count != 1, w_count != 1,
+                            out.scalar_type() == ScalarType::Half, stream_of(out)),
+        "fp8_few_rows");
+}
+
+void w4_few_rows(Tensor out, Tensor x, Tensor codes, Tensor scales, std::optional<Tensor> zeros,
+                 std::optional<Tensor> bias, int64_t blocks_per_group, int64_t zero) {
+  STD_TORCH_CHECK(is_bf16(x) || x.scalar_type() == ScalarType::Half, "x must be float16 or bfloat16");
+  STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && out.dim() == 2 && out.is_contiguous() &&
+                      out.scalar_type() == x.scalar_type() && out.size(0) == x.size(0),
+                  "x [M, K] and out [M, N] must be dense and of one dtype");
+  int64_t n = out.size(1), blocks = codes.size(1);
+  STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Char && codes.is_contiguous() && codes.dim() == 4 &&
+                      codes.size(0) == (n + 63) / 64 && codes.size(2) == 64 && codes.size(3) == 64,
+                  "codes must be dense int8 [ceil(N / 64), blocks, 64, 64]");
+  int64_t groups = blocks_per_group ? (blocks + blocks_per_group - 1) / blocks_per_group : 1;
+  STD_TORCH_CHECK(scales.is_contiguous() && scales.numel() == groups * n, "scales must be dense [groups, N]");
+  STD_TORCH_CHECK(!zeros || (zeros->scalar_type() == ScalarType::Char && zeros->is_contiguous() &&
+                             zeros->numel() == groups * n),
+                  "zeros must be dense int8 [groups, N]");
+  STD_TORCH_CHECK(!bias || (bias->scalar_type() == x.scalar_type() && bias->numel() == n && bias->is_contiguous()),
+                  "bias must be [N] of x's dtype");
+  check(nybble_w4_few_rows(out.mutable_data_ptr(), x.const_data_ptr(), codes.const_data_ptr(), scales.const_data_ptr(),
+                           zeros ? zeros->const_data_ptr() : nullptr, bias ? bias->const_data_ptr() : nullptr,
+                           static_cast<int>(x.size(0)), static_cast<int>(n), static_cast<int>(x.size(1)),
+                           static_cast<int>(blocks), static_cast<int>(blocks_per_group), static_cast<int>(zero),
+                           !is_bf16(x), scale_type(scales), stream_of(out)),
+        "w4_few_rows");
+}
+
+void w4_experts(Tensor out, Tensor x, Tensor slots, Tensor tiles, Tensor codes, Tensor scales,
+                std::optional<Tensor> zeros, std::optional<Tensor> up_codes, std::optional<Tensor> up_scales,
+                std::optional<Tensor> up_zeros, int64_t rows_per_slot, int64_t blocks_per_group, int64_t zero) {
+  STD_TORCH_CHECK(is_bf16(x) || x.scalar_type() == ScalarType::Half, "x must be float16 or bfloat16");
+  STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && out.dim() == 2 && out.is_contiguous() &&
+                      out.scalar_type() == x.scalar_type() && x.size(0) * rows_per_slot >= out.size(0),
+                  "x and out [slots, N] must be dense and of one dtype");
+  for (const Tensor* t : {&slots, &tiles})
+    STD_TORCH_CHECK(t->scalar_type() == ScalarType::Int && t->is_contiguous(), "slots and tiles must be dense int32");
+  STD_TORCH_CHECK(slots.numel() == 16 * tiles.numel(), "a tile has 16 slots");
+  int64_t n = out.size(1), count = codes.size(0), blocks = codes.size(2);
+  int64_t groups = blocks_per_group ? (blocks + blocks_per_group - 1) / blocks_per_group : 1;
+  auto check_matrix = [&](const Tensor& c, const Tensor& s, const std::optional<Tensor>& z) {
+    STD_TORCH_CHECK(c.scalar_type() == ScalarType::Char && c.is_contiguous() && c.dim() == 5 && c.size(0) == count &&
+                        c.size(1) == (n + 63) / 64 && c.size(2) == blocks && c.size(3) == 64 && c.size(4) == 64,
+                    "codes must be dense int8 [E, ceil(N / 64), blocks, 64, 64]");
+    STD_TORCH_CHECK(s.is_contiguous() && s.numel() == count * groups * n && s.scalar_type() == scales.scalar_type(),
+                    "scales must be dense [E, groups, N]");
+    STD_TORCH_CHECK(!z || (z->scalar_type() == ScalarType::Char && z->is_contiguous() && z->numel() == s.numel()),
+                    "zeros must be dense int8 [E, groups, N]");
+  };
+  check_matrix(codes, scales, zeros);
+  if (up_codes) check_matrix(*up_codes, *up_scales, up_zeros);
+  auto data = [](const std::optional<Tensor>& t) { return t ? t->const_data_ptr() : nullptr; };
+  check(nybble_w4_experts(out.mutable_data_ptr(), x.const_data_ptr(), static_cast<const int*>(slots.const_data_ptr()),
+                          static_cast<const int*>(tiles.const_data_ptr()), codes.const_data_ptr(),
+                          scales.const_data_ptr(), data(zeros), data(up_codes), data(up_scales), data(up_zeros),
+                          static_cast<int>(tiles.numel()), static_cast<int>(rows_per_slot), static_cast<int>(n),
+                          static_cast<int>(x.size(1)), static_cast<int>(blocks), static_cast<int>(blocks_per_group),
+                          static_cast<int>(zero), codes.stride(0), groups * n, !is_bf16(x), scale_type(scales),
+                          stream_of(out)),
+        "w4_experts");
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(nybble, m) {
+  m.def("w4_experts(Tensor(a!) out, Tensor x, Tensor slots, Tensor tiles, Tensor codes, Tensor scales, "
+        "Tensor? zeros, Tensor? up_codes, Tensor? up_scales, Tensor? up_zeros, int rows_per_slot, "
+        "int blocks_per_group, int zero) -> ()");
+  m.def("w4_few_rows(Tensor(a!) out, Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, "
+        "int blocks_per_group, int zero) -> ()");
+  m.def("fp8_few_rows(Tensor(a!) out, Tensor x, Tensor w, Tensor x_scale, Tensor w_scale, Tensor? bias) -> ()");
   m.def(
       "paged_attention_v1(Tensor(a!) out, Tensor q, Tensor cache, Tensor block_table, Tensor seq_lens, float scale, "
       "int window, float k_scale, float v_scale) -> ()");
@@ -122,6 +213,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(nybble, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(nybble, CUDA, m) {
+  m.impl("w4_experts", TORCH_BOX(&w4_experts));
+  m.impl("w4_few_rows", TORCH_BOX(&w4_few_rows));
+  m.impl("fp8_few_rows", TORCH_BOX(&fp8_few_rows));
   m.impl("paged_attention_v1", TORCH_BOX(&paged_attention_v1));
   m.impl("paged_attention_v2", TORCH_BOX(&paged_attention_v2));
   m.impl("reshape_and_cache", TORCH_BOX(&reshape_and_cache));

@@ -1,8 +1,6 @@
 // torch.ops.nybble.*: the ops of the CUTLASS library, on torch's stable ABI. Outputs and workspaces are arguments.
 #include "bind.h"
 
-#include <optional>
-
 extern "C" {
 int nybble_fp8_gemm(void* out, const void* a, const void* b, const float* a_scale, const float* b_scale,
                     const void* bias, int m, int n, int k, int a_per_row, int b_per_channel, int half, int config,
@@ -17,32 +15,16 @@ namespace {
 
 using namespace nybble;
 
-const float* floats(const Tensor& t, int64_t count, const char* name) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.numel() == count, name, " must hold ",
-                  count, " float32 values");
-  return static_cast<const float*>(t.const_data_ptr());
-}
-
-void check_codes(const Tensor& t, int64_t dim, const char* name) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float8_e4m3fn && t.is_contiguous() && t.dim() == dim, name,
-                  " must be dense float8_e4m3fn of ", dim, " dimensions");
-}
-
 void fp8_gemm(Tensor out, Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, std::optional<Tensor> bias,
               int64_t config, int64_t sm_count) {
-  check_codes(a, 2, "a"), check_codes(b, 2, "b");
+  check_product(out, a, b, bias);
   int64_t m = a.size(0), n = b.size(0), k = a.size(1);
-  bool half = out.scalar_type() == ScalarType::Half;
-  STD_TORCH_CHECK(half || out.scalar_type() == ScalarType::BFloat16, "out must be float16 or bfloat16");
-  STD_TORCH_CHECK(b.size(1) == k && out.dim() == 2 && out.size(0) == m && out.size(1) == n && out.is_contiguous(),
-                  "out [M, N] = a [M, K] b [N, K]^T do not fit each other");
-  STD_TORCH_CHECK(!bias || (bias->scalar_type() == out.scalar_type() && bias->numel() == n && bias->is_contiguous()),
-                  "bias must be [N] of out's dtype");
   int64_t a_count = a_scale.numel() == 1 ? 1 : m, b_count = b_scale.numel() == 1 ? 1 : n;
   check(nybble_fp8_gemm(out.mutable_data_ptr(), a.const_data_ptr(), b.const_data_ptr(),
                         floats(a_scale, a_count, "a_scale"), floats(b_scale, b_count, "b_scale"),
                         bias ? bias->const_data_ptr() : nullptr, static_cast<int>(m), static_cast<int>(n),
-                        static_cast<int>(k), a_count != 1, b_count != 1, half, static_cast<int>(config),
+                        static_cast<int>(k), a_count != 1, b_count != 1,
+                        out.scalar_type() == ScalarType::Half, static_cast<int>(config),
                         static_cast<int>(sm_count), stream_of(out)),
         "fp8_gemm");
 }

@@ -11,8 +11,6 @@ from torch import Tensor
 
 # A split of fewer blocks than this costs more in writing its sums than it gains in reading weights.
 MIN_BLOCKS = 4
-# Elements of one program of `add_splits`.
-SUM_BLOCK = 1024
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -59,10 +57,14 @@ def tile_for(tokens: int, tiles: Sequence[Tile]) -> Tile:
     return next((tile for tile in tiles if tokens <= tile.m), tiles[-1])
 
 
-def add_splits(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """out [M, N] = the sum of parts [splits, M, N] float32, plus bias [N]; one launch, no atomics."""
-    from .triton_splits import add_splits_kernel
+def split_counters(programs: int, device: torch.device) -> Tensor:
+    """What the programs that share a tile count themselves by, for every product that `split_blocks` splits: zeros.
 
-    add_splits_kernel[(-(-out.numel() // SUM_BLOCK),)](
-        parts, parts if bias is None else bias, out, out.numel(), out.shape[1], SPLITS=len(parts),
-        HAS_BIAS=bias is not None, BLOCK=SUM_BLOCK)
+    A product leaves them zeros, and may not overlap with another one that has the same.
+    """
+    return torch.zeros(programs, dtype=torch.int32, device=device)
+
+
+def split_parts(out: Tensor, splits: int) -> Tensor:
+    """Where `splits` programs put their sums [splits, *out.shape] float32; out itself when there is one."""
+    return out if splits == 1 else out.new_empty(splits, *out.shape, dtype=torch.float32)

@@ -135,7 +135,13 @@ def op_missing(op: str, device: torch.device) -> str | None:
     """Why a compiled op cannot be had for a device, every source's reason; None when it can. Builds nothing."""
     if device.type != "cuda":
         return f"runs on CUDA, not on {device.type}"
-    return resolve(_library(op), device_arch(device)).missing
+    return _missing(_library(op), device_arch(device))
+
+
+@cache
+def _missing(library: KernelLibrary, arch: str) -> str | None:
+    """Asked for by every layer, and hashing the sources takes milliseconds: the answer is a process's."""
+    return resolve(library, arch).missing
 
 
 @cache

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..plugins.errors import PluginError, UsageError, nearest
 from .matrix import QuantizedMatrix
+from .quantize import Quantized, Rounding
 from .scheme import Scheme
 
 P_contra = TypeVar("P_contra", contravariant=True)
@@ -105,12 +106,15 @@ class Problem:
 class LinearKernel(ABC):
     """One way to multiply by a quantized matrix. A plugin of kind "kernel": a class, made once for each layer.
 
-    The constructor repacks the matrix into `weights`, which is all that stays in memory.
+    The constructor repacks the matrix into `weights`, which is all that stays in memory. One that multiplies codes
+    may set `rounding` to what it makes of its input: a norm or an activation before it then rounds in its own launch,
+    and calls `run_rounded`.
     """
 
     name: ClassVar[str]
     priority: ClassVar[int] = 0
     weights: Mapping[str, Tensor]
+    rounding: Rounding | None = None
 
     @classmethod
     @abstractmethod
@@ -124,6 +128,10 @@ class LinearKernel(ABC):
     @abstractmethod
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., K] -> x W^T + bias, [..., N] in x's dtype; rounds x first if the scheme has an activation."""
+
+    def run_rounded(self, x: Quantized, bias: Tensor | None = None) -> Tensor:
+        """The same product of an input [T, K] that was rounded as `rounding` says -> [T, N] in x's dtype."""
+        raise AssertionError(f"{self.name} asks for no rounded input")
 
 
 @dataclass(frozen=True, kw_only=True)

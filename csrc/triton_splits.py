@@ -1,4 +1,4 @@
-"""Triton: the parts of a product whose inputs were split over programs, added up in order."""
+"""Triton: programs that share a tile of outputs add up their parts without a launch of its own."""
 
 from __future__ import annotations
 
@@ -7,14 +7,21 @@ import triton.language as tl
 
 
 @triton.jit
-def add_splits_kernel(parts_ptr, bias_ptr, out_ptr, size, N, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr,
-                      BLOCK: tl.constexpr):
-    """out [M, N] = sum over splits of parts [SPLITS, M, N] + bias, in order, in float32; size is M * N."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
-    total = tl.zeros((BLOCK,), tl.float32)
-    for split in tl.static_range(SPLITS):
-        total += tl.load(parts_ptr + split * size + at, mask=inside, other=0.0)
-    if HAS_BIAS:
-        total += tl.load(bias_ptr + at % N, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=inside)
+def arrived_last(counter_ptr, parts):
+    """Whether this program is the last of `parts` that count at `counter_ptr`: then all that they have stored can be
+    read, by loads that pass the first-level cache by. The counter starts at 0 and is left there."""
+    tl.debug_barrier()  # every thread of this program has stored
+    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == parts - 1
+    if last:
+        tl.store(counter_ptr, 0)
+    return last
+
+
+@triton.jit
+def sum_parts(part_ptr, stride, parts, inside, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The sum of `parts` tiles [BLOCK_N, BLOCK_M] float32 that lie `stride` apart, in order."""
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for _ in range(0, parts):
+        total += tl.load(part_ptr, mask=inside, other=0.0, cache_modifier=".cg")
+        part_ptr += stride
+    return total

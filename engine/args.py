@@ -100,6 +100,7 @@ class EngineArgs:
         None, "pin what runs the experts of every layer, whatever their format", group="device"
     )
     expert_stats: bool = setting(False, "count the tokens of every expert", group="device")
+    enforce_eager: bool = setting(False, "no CUDA graphs: launch every kernel of every step", group="device")
     cpu_threads: int | None = setting(None, "torch threads on CPU (default: torch's)", group="device", low=1)
     block_size: int = setting(
         16, "tokens in one KV-cache block, a power of two", group="cache", low=1, high=256
@@ -137,6 +138,10 @@ class EngineArgs:
         0, "most tokens of one prompt in a step (0: the budget)", group="scheduler", low=0
     )
     max_queue: int = setting(0, "most waiting requests before 429 (0: no limit)", group="scheduler", low=0)
+    async_scheduling: bool | None = setting(
+        None, "plan a step while the one before it runs (default: on CUDA); off with plugin logits processors",
+        group="scheduler",
+    )
     tensor_parallel_size: int = setting(
         1, "devices a layer is split over", group="parallel", alias="-tp", low=1
     )

@@ -73,7 +73,8 @@ class SchedulerConfig:
     """How a step is filled.
 
     `max_num_batched_tokens` is the one budget of a step; `long_prefill_token_threshold` caps one request's share of it
-    (0 = no cap); `max_queue` refuses newcomers with 429 when that many requests wait (0 = no limit).
+    (0 = no cap); `max_queue` refuses newcomers with 429 when that many requests wait (0 = no limit); `async_scheduling`
+    plans a step while the one before it runs.
     """
 
     max_num_seqs: int = 256
@@ -83,6 +84,7 @@ class SchedulerConfig:
     long_prefill_token_threshold: int = 0
     num_lookahead_slots: int = 0
     max_queue: int = 0
+    async_scheduling: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,13 +98,17 @@ class ParallelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceConfig:
-    """Where the model runs and how attention is computed; `attention_backend` None lets priority decide."""
+    """Where the model runs and how attention is computed; `attention_backend` None lets priority decide.
+
+    `enforce_eager` launches every kernel of every step: no CUDA graphs.
+    """
 
     device: str = "cpu"
     attention_backend: str | None = None
     linear_backend: str | None = None
     moe_backend: str | None = None
     expert_stats: bool = False
+    enforce_eager: bool = False
     cpu_threads: int | None = None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -113,15 +113,20 @@ def bytes_by_role(model: CausalLM) -> dict[str, int]:
     roles: dict[int, tuple[str, int]] = {}
     blocks = {path for path, module in model.named_modules() if isinstance(module, MoEBlock)}
     for path, module in model.named_modules():
-        names = path.split(".")
-        depth = (3 if ".".join(names[:3]) in blocks else 2) if names[0] == "layers" else 0
-        role = names[min(depth, len(names) - 1)]
         for tensor in own_tensors(module):  # a tied head is the embedding's tensor, and counts there
-            roles.setdefault(id(tensor), ("norm" if role.endswith("norm") else role, tensor.nbytes))
+            roles.setdefault(id(tensor), (role_of(path, blocks), tensor.nbytes))
     total: Counter[str] = Counter()
     for role, size in roles.values():
         total[role] += size
     return dict(total)
+
+
+def role_of(path: str, blocks: Container[str]) -> str:
+    """The part of the model that the module at `path` serves; `blocks` are the paths of layers of experts."""
+    names = path.split(".")
+    depth = (3 if ".".join(names[:3]) in blocks else 2) if names[0] == "layers" else 0
+    role = names[min(depth, len(names) - 1)]
+    return "norm" if role.endswith("norm") else role
 
 
 def own_tensors(module: nn.Module) -> list[torch.Tensor]:

@@ -19,3 +19,8 @@ class StepStats(msgspec.Struct, kw_only=True):
     kv_usage: float = 0.0
     schedule_seconds: float = 0.0
     execute_seconds: float = 0.0
+
+    def levels(self) -> StepStats:
+        """The same levels with every counter at 0: of a moment at which no step ended."""
+        return StepStats(step=self.step, num_running=self.num_running, num_waiting=self.num_waiting,
+                         kv_usage=self.kv_usage)

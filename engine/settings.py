@@ -164,6 +164,7 @@ def build_engine_config(args: EngineArgs, host: PluginHost | None = None, *, dev
             linear_backend=args.linear_backend,
             moe_backend=args.moe_backend,
             expert_stats=args.expert_stats,
+            enforce_eager=args.enforce_eager,
             cpu_threads=args.cpu_threads,
         ),
         load=LoadConfig(
@@ -378,4 +379,7 @@ def _scheduler_config(args: EngineArgs, max_model_len: int, device: str) -> Sche
         scheduling_policy=args.scheduling_policy,
         long_prefill_token_threshold=args.long_prefill_token_threshold,
         max_queue=args.max_queue,
+        # a plugin's processor may read tokens that are still being sampled
+        async_scheduling=not args.logits_processors and (args.async_scheduling if args.async_scheduling is not None
+                                                         else device != "cpu"),
     )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..csrc.norm_rope import rotary
-from .base import AttentionLayer, Batch
+from ..csrc.attention import HeadNorms
+from ..csrc.norm_rope import rms_norm, rotary
+from .base import AttentionLayer, Batch, FusedAttentionRun
 from .layers import RMSNorm
 
 
@@ -23,15 +24,22 @@ class Attention(AttentionLayer):
                          scale=scale, prefix=prefix)
         self.sliding_window = sliding_window
         self.norms = None if norms is None else nn.ModuleList(norms)
+        self.head_norms: HeadNorms | None = None
+        if norms is not None:
+            query, key = norms
+            assert query.eps == key.eps
+            self.head_norms = HeadNorms(query.weight, key.weight, query.eps)
 
     def forward(self, qkv: Tensor, rope: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
         """qkv [T, (num_heads + 2 num_kv_heads) * head_dim] -> [T, num_heads * head_dim]."""
-        heads, kv_heads = self.num_heads, self.num_kv_heads
+        if isinstance(batch.attn, FusedAttentionRun):
+            return batch.attn.run_qkv(self, qkv, rope, self.head_norms).flatten(-2)
+        heads, kv_heads, norms = self.num_heads, self.num_kv_heads, self.head_norms
         qkv = qkv.unflatten(-1, (-1, self.head_dim))
         qk, v = qkv.split((heads + kv_heads, kv_heads), dim=1)
-        if self.norms is not None:
-            parts = zip(self.norms, qk.split((heads, kv_heads), dim=1))
-            qk = torch.cat([norm(part)[0] for norm, part in parts], dim=1)
+        if norms is not None:
+            q, k = qk.split((heads, kv_heads), dim=1)
+            qk = torch.cat((rms_norm(q, norms.query, norms.eps)[0], rms_norm(k, norms.key, norms.eps)[0]), dim=1)
         q, k = rotary(qk, *rope).split((heads, kv_heads), dim=1)
         return batch.attn.run(self, q, k, v).flatten(-2)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from ..csrc.attention import HeadNorms
 from ..moe import Experts
 from ..plugins.log import get_logger
 from ..quant import KVScales, Linear, Slot
@@ -33,6 +34,21 @@ class AttentionRun(Protocol):
         ...
 
 
+class FusedAttentionRun(AttentionRun):
+    """A run that takes what the projections give, so that what lies between them and attention is its own launch."""
+
+    @abstractmethod
+    def run_qkv(self, layer: Attention, qkv: Tensor, rope: tuple[Tensor, Tensor],
+                norms: HeadNorms | None = None) -> Tensor:
+        """`run` of qkv [T, (heads + 2 kv_heads) D] once split, normed by head and rotated -> [T, heads, D]."""
+
+    @abstractmethod
+    def run_q_latent(self, layer: MLAAttention, q: Tensor, latent: Tensor, k_pe: Tensor, rope: tuple[Tensor, Tensor],
+                     weight: Tensor, eps: float) -> Tensor:
+        """`run_latent` of q [T, heads (N + R)], latent [T, C] before its RMSNorm (weight [C], eps) and before it is
+        rounded as the layer's `latent_rounding` says, and k_pe [T, R], none rotated -> [T, heads, V]."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """One step's input: ids [T] and positions [T] (int64), requests one after another, and their attention."""
@@ -47,6 +63,13 @@ class HasSlots(Protocol):
     """A module with checkpoint tensors of its own."""
 
     def slots(self) -> Iterator[Slot]: ...
+
+
+@runtime_checkable
+class Connects(Protocol):
+    """A module whose parts hand each other rounded values where the kernels, by then chosen, take them."""
+
+    def connect(self) -> None: ...
 
 
 class AttentionLayer(nn.Module):
@@ -126,6 +149,9 @@ class CausalLM(nn.Module):
         for module in self.modules():
             if isinstance(module, Experts | Linear):
                 module.after_load()
+        for module in self.modules():
+            if isinstance(module, Connects):
+                module.connect()
         if scaled:
             log.info("%d layer(s) store scales of an FP8 KV cache: kept for one, this release's cache is not quantized",
                      len(scaled))

@@ -7,6 +7,8 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from ..csrc.quantize import Quantized, Rounding
+from ..quant import shared_rounding
 from .attention import Attention
 from .base import Batch, CausalLM
 from .layers import Embedding, RMSNorm, TiedHead
@@ -21,7 +23,11 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.qkv, self.attn, self.out = qkv, attn, out
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
+    @property
+    def rounding(self) -> Rounding | None:
+        return shared_rounding([self.qkv])
+
+    def forward(self, x: Tensor | Quantized, rope: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
         return self.out(self.attn(self.qkv(x), rope, batch))
 
 
@@ -31,6 +37,10 @@ class DecoderLayer(nn.Module):
     def __init__(self, input_norm: RMSNorm, attn: nn.Module, post_norm: RMSNorm, mlp: nn.Module) -> None:
         super().__init__()
         self.input_norm, self.attn, self.post_norm, self.mlp = input_norm, attn, post_norm, mlp
+
+    def connect(self) -> None:
+        self.input_norm.feed(self.attn)
+        self.post_norm.feed(self.mlp)
 
     def forward(self, x: Tensor, residual: Tensor | None, rope: tuple[Tensor, Tensor],
                 batch: Batch) -> tuple[Tensor, Tensor]:

@@ -7,22 +7,38 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ..csrc.norm_rope import rms_norm, silu_mul
-from ..quant import FLOAT_SOURCES, Slot
+from ..csrc.launch import missing
+from ..csrc.norm_rope import fused_rms_norm, fused_silu_mul, rms_norm, silu_mul
+from ..csrc.quantize import Quantized, Rounding
+from ..quant import FLOAT_SOURCES, Slot, shared_rounding
+
+# What the fused kernels ask of a device.
+CAPABILITY = (8, 0)
 
 
 class RMSNorm(nn.Module):
-    """x [..., D] -> (normed [..., D], x + residual [..., D])."""
+    """x [..., D] -> (normed [..., D], x + residual [..., D]).
+
+    One launch on CUDA, where a norm that feeds products of codes gives them as `Quantized`.
+    """
 
     def __init__(self, name: str, size: int, eps: float, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.name, self.eps = name, eps
+        self.fused = missing(device, CAPABILITY) is None
+        self._rounding: Rounding | None = None
         self.weight = torch.empty(size, dtype=dtype, device=device)
 
     def slots(self) -> Iterator[Slot]:
         yield Slot(name=f"{self.name}.weight", target=self.weight)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def feed(self, *consumers: nn.Module) -> None:
+        """From now on round for the modules that take the normed values, if all of them want the same."""
+        self._rounding = shared_rounding(consumers) if self.fused else None
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor | Quantized, Tensor]:
+        if self.fused:
+            return fused_rms_norm(x, self.weight, self.eps, residual, self._rounding)
         return rms_norm(x, self.weight, self.eps, residual)
 
 
@@ -61,8 +77,21 @@ class GatedMLP(nn.Module):
     def __init__(self, gate_up: nn.Module, down: nn.Module) -> None:
         super().__init__()
         self.gate_up, self.down = gate_up, down
+        self._fused = False
+        self._inner: Rounding | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def rounding(self) -> Rounding | None:
+        return shared_rounding([self.gate_up])
+
+    def connect(self) -> None:
+        """Join what lies between the products in one launch, and round there for the second one."""
+        self._fused = missing(getattr(self.gate_up, "device", torch.device("cpu")), CAPABILITY) is None
+        self._inner = shared_rounding([self.down])
+
+    def forward(self, x: Tensor | Quantized) -> Tensor:
+        if self._fused:
+            return self.down(fused_silu_mul(self.gate_up(x), self._inner))
         return self.down(silu_mul(self.gate_up(x)))
 
 

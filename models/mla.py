@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..csrc.norm_rope import rotary
-from ..csrc.quantize import fake_quantize
-from ..csrc.scheme import Activation
-from ..quant import Linear
-from .base import AttentionLayer, Batch
+from ..csrc.attention import rotate_latent
+from ..csrc.launch import lacks_fp8
+from ..csrc.quantize import Quantized, Rounding, fake_quantize
+from ..quant import Linear, shared_rounding
+from .base import AttentionLayer, Batch, FusedAttentionRun
 from .layers import RMSNorm
 from .rope import RopeConfig, yarn_mscale
 
@@ -19,7 +19,8 @@ class MLAAttention(AttentionLayer):
 
     Attributes that a backend reads besides AttentionLayer's: `qk_nope_head_dim` N, `qk_rope_head_dim` R,
     `kv_lora_rank` C, `v_head_dim` V, and from after_load on `w_kv` [H, N + V, C] with its parts `w_uk` [H, N, C] and
-    `w_uv` [H, V, C], in the model's dtype. Cached is one row of C + R values per token.
+    `w_uv` [H, V, C], in the model's dtype, and `latent_rounding`, how a latent is rounded before it is cached.
+    Cached is one row of C + R values per token.
 
     Args:
         kv_b: C -> H (N + V), each head's N before its V. Taken over by `after_load`: it keeps nothing.
@@ -37,13 +38,15 @@ class MLAAttention(AttentionLayer):
         self.qk_nope_head_dim, self.qk_rope_head_dim = qk_nope_head_dim, qk_rope_head_dim
         self.kv_lora_rank, self.v_head_dim = kv_lora_rank, v_head_dim
         self.w_kv = self.w_uk = self.w_uv = torch.empty(0)
-        self._rounding: tuple[Activation, Tensor | None] | None = None
+        self.latent_rounding: Rounding | None = None
+        self._in_one_launch = True
 
     def after_load(self) -> bool:
         self.kv_b.check()
         method, weights = self.kv_b.method, self.kv_b.weights
         if (codes := method.matrix(weights)) is not None and codes.scheme.activation is not None:
-            self._rounding = codes.scheme.activation, codes.input_scale
+            self.latent_rounding = Rounding(codes.scheme.activation, codes.input_scale)
+            self._in_one_launch = codes.scheme.activation.dtype == "int8" or not lacks_fp8(self.kv_b.device)
         matrix = method.dequant(weights).to(self.kv_b.dtype)
         self.kv_b.owner = "absorbed"
         self.kv_b.release(matrix.nbytes)
@@ -51,20 +54,21 @@ class MLAAttention(AttentionLayer):
         self.w_uk, self.w_uv = self.w_kv.split((self.qk_nope_head_dim, self.v_head_dim), dim=1)
         return super().after_load()
 
-    def forward(self, q: Tensor, latent: Tensor, k_pe: Tensor, rope: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
-        """q [T, H (N + R)], latent [T, C] after its norm, k_pe [T, R] not yet rotated -> [T, H V].
+    def forward(self, q: Tensor, latent: Tensor, k_pe: Tensor, rope: tuple[Tensor, Tensor], batch: Batch,
+                norm: RMSNorm | None = None) -> Tensor:
+        """q [T, H (N + R)], latent [T, C] that `norm` is still to be taken of, k_pe [T, R] not yet rotated -> [T, H V].
 
         A format that rounds the input of kv_b rounds the latent once, before it is cached: what kv_b would see of it,
         whichever way attention is then computed.
         """
-        q_nope, q_pe = q.unflatten(-1, (-1, self.head_dim)).split((self.qk_nope_head_dim, self.qk_rope_head_dim), -1)
-        pe = torch.cat((q_pe, k_pe[:, None]), dim=1)
-        if self.interleaved:
-            pe = pe.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
-        q_pe, k_pe = rotary(pe, *rope).split((self.num_heads, 1), dim=1)
-        if self._rounding is not None:
-            latent = fake_quantize(latent, *self._rounding)
-        rows = torch.cat((latent, k_pe[:, 0]), dim=-1)
+        if norm is not None:
+            if self._in_one_launch and isinstance(batch.attn, FusedAttentionRun):
+                return batch.attn.run_q_latent(self, q, latent, k_pe, rope, norm.weight, norm.eps).flatten(-2)
+            latent = norm(latent)[0]
+        q_nope, q_pe, k_pe = rotate_latent(q, k_pe, *rope, heads=self.num_heads, interleaved=self.interleaved)
+        if self.latent_rounding is not None:
+            latent = fake_quantize(latent, *self.latent_rounding)
+        rows = torch.cat((latent, k_pe), dim=-1)
         return batch.attn.run_latent(self, q_nope, q_pe, rows).flatten(-2)
 
     def extra_repr(self) -> str:
@@ -85,7 +89,15 @@ class LatentSelfAttention(nn.Module):
         super().__init__()
         self.q, self.q_norm, self.kv_a, self.kv_norm, self.attn, self.out = q, q_norm, kv_a, kv_norm, attn, out
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
+    @property
+    def rounding(self) -> Rounding | None:
+        return shared_rounding([self.kv_a] if self.q_norm is not None else [self.q, self.kv_a])
+
+    def connect(self) -> None:
+        if self.q_norm is not None:
+            self.q_norm.feed(self.q)
+
+    def forward(self, x: Tensor | Quantized, rope: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
         tail = (self.attn.kv_lora_rank, self.attn.qk_rope_head_dim)
         if self.q_norm is None:
             q, (latent, k_pe) = self.q(x), self.kv_a(x).split(tail, dim=-1)
@@ -93,7 +105,7 @@ class LatentSelfAttention(nn.Module):
             down = self.kv_a(x)
             q, latent, k_pe = down.split((down.shape[-1] - sum(tail), *tail), dim=-1)
             q = self.q(self.q_norm(q)[0])
-        return self.out(self.attn(q, self.kv_norm(latent)[0], k_pe, rope, batch))
+        return self.out(self.attn(q, latent, k_pe, rope, batch, norm=self.kv_norm))
 
 
 def softmax_scale(rope: RopeConfig, head_dim: int) -> float:

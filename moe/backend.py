@@ -90,6 +90,14 @@ class MoEBackend(ABC):
             [T, hidden] float32: the weighted sum over each token's experts, added up in a fixed order.
         """
 
+    def run_all(self, x: Tensor, weights: Tensor, experts: Tensor, beside: Tensor | None) -> Tensor:
+        """The layer's output [T, hidden] in x's dtype when all experts are of one kind: the sum, rounded, and `beside`.
+
+        A backend that adds up in a launch of its own can do this in the same one.
+        """
+        out = self(x, weights, experts).to(x.dtype)
+        return out if beside is None else out + beside
+
 
 @dataclass(frozen=True, kw_only=True)
 class Backends:

@@ -16,5 +16,4 @@ class MoEBlock(nn.Module):
         self.router, self.experts, self.shared = router, experts, shared
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.experts(x, *self.router(x))
-        return out if self.shared is None else out + self.shared(x)
+        return self.experts(x, *self.router(x), None if self.shared is None else self.shared(x))

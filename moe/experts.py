@@ -86,16 +86,22 @@ class Experts(nn.Module):
         local[torch.tensor(numbers, device=self.device)] = torch.arange(len(numbers), device=self.device)
         return local
 
-    def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-        """x [T, hidden], weights [T, top_k] float32, experts [T, top_k] int64 -> [T, hidden] in x's dtype."""
+    def forward(self, x: Tensor, weights: Tensor, experts: Tensor, beside: Tensor | None = None) -> Tensor:
+        """x [T, hidden], weights [T, top_k] float32, experts [T, top_k] int64 -> [T, hidden] in x's dtype.
+
+        `beside` [T, hidden] is added to the rounded sum.
+        """
         if self._tally is not None and self._one is not None:
             self._tally.put_(experts, self._one.expand_as(experts), accumulate=True)
+        if len(self.runs) == 1:
+            return self.runs[0][0].run_all(x, weights, experts, beside)
         total: Tensor | None = None
         for backend, local in self.runs:
             part = backend(x, weights, experts if local is None else local[experts])
             total = part if total is None else total + part
         assert total is not None, "after_load comes first"
-        return total.to(x.dtype)
+        out = total.to(x.dtype)
+        return out if beside is None else out + beside
 
     def extra_repr(self) -> str:
         return ", ".join([f"{len(self.experts)} experts", *(f"{k} {v}" for k, v in self.sizes.items())])

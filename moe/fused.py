@@ -66,10 +66,16 @@ class FusedBackend(MoEBackend):
             below.release(self.down.nbytes // len(experts))
 
     def __call__(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        return self._run(x, weights, experts, torch.float32, None)
+
+    def run_all(self, x: Tensor, weights: Tensor, experts: Tensor, beside: Tensor | None) -> Tensor:
+        return self._run(x, weights, experts, x.dtype, beside)
+
+    def _run(self, x: Tensor, weights: Tensor, experts: Tensor, dtype: torch.dtype, beside: Tensor | None) -> Tensor:
         tokens, top_k = experts.shape
         slots = tokens * top_k
         if not slots:
-            return x.new_zeros(x.shape, dtype=torch.float32)
+            return x.new_zeros(x.shape, dtype=dtype)
         x, experts, weights = x.contiguous(), experts.contiguous(), weights.contiguous()
         tile = tile_for(-(-slots // self.count), TILES)
         layout = align(experts, self.count, tile.m)
@@ -77,7 +83,7 @@ class FusedBackend(MoEBackend):
         self.gate.run(x, layout, hidden, tile, rows_per_slot=top_k, up=self.up)
         y = x.new_empty(slots, x.shape[1])
         self.down.run(hidden, layout, y, tile, rows_per_slot=1, up=None)
-        return combine(y, weights, experts)
+        return combine(y, weights, experts, dtype=dtype, beside=beside)
 
 
 def _refusal(scheme: Scheme | str | None, problem: MoEProblem) -> str | None:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ..csrc.moe_route import Routing, route
+from ..csrc.launch import missing
+from ..csrc.moe_route import Routing, choose_experts, route
 from ..plugins.errors import CheckpointError
 from ..quant import Slot
 
@@ -31,6 +32,7 @@ class Router(nn.Module):
                                   found=f"{routing.groups} group(s) of experts, {routing.top_groups} to choose from",
                                   fix="check the settings of experts in config.json")
         self.name, self.routing, self.bias_name = name, routing, bias
+        self.fused = missing(device, (8, 0)) is None
         self.weight = torch.empty(experts, hidden, dtype=dtype, device=device)
         self.bias = None if bias is None else torch.empty(experts, dtype=torch.float32, device=device)
 
@@ -40,5 +42,7 @@ class Router(nn.Module):
             yield Slot(name=f"{self.name}.{self.bias_name}", target=self.bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.fused:
+            return choose_experts(x, self.weight, self.routing, self.bias)
         logits = nn.functional.linear(x.float(), self.weight.float())
         return route(logits, self.routing, self.bias)

@@ -60,6 +60,7 @@ def nybble_moe_backends() -> Table:
 def nybble_attention_backends() -> Table:
     return {
         "cuda_paged": "nybble.engine.attention.cuda_paged:PagedAttention",
+        "flash": "nybble.engine.attention.flash:FlashAttentionBackend",
         "torch": "nybble.engine.attention.torch_paged:TorchPagedBackend",
         "triton": "nybble.engine.attention.triton_paged:TritonAttentionBackend",
     }

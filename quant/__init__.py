@@ -19,7 +19,7 @@ from .base import (
     WeightSpec,
 )
 from .kv_scales import KVScales
-from .linear import Linear, SplitLinear
+from .linear import Linear, SplitLinear, shared_rounding
 from .registry import get_quantization_config
 
 __all__ = [
@@ -44,4 +44,5 @@ __all__ = [
     "WeightSpec",
     "Weights",
     "get_quantization_config",
+    "shared_rounding",
 ]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from ..csrc.quantize import Quantized, Rounding
 from ..csrc.select import Kernels, LinearKernel, Problem
 from ..plugins.errors import CheckpointError, NybbleError, PluginError, UsageError
 from .base import FLOAT_SOURCES, REFERENCE, LayerShape, LinearMethod, Slot, WeightSpec, part_slots
@@ -29,7 +30,8 @@ class Linear(nn.Module):
     def __init__(self, prefix: str, shape: LayerShape, method: LinearMethod, *, dtype: torch.dtype,
                  device: torch.device, kernels: Kernels = Kernels()) -> None:  # noqa: B008  frozen
         super().__init__()
-        self.prefix, self.shape, self.method, self.dtype, self.kernels = prefix, shape, method, dtype, kernels
+        self.prefix, self.shape, self.method, self.dtype, self.device, self.kernels = (
+            prefix, shape, method, dtype, device, kernels)
         self.specs = method.specs(shape, dtype)
         self.weights: Mapping[str, Tensor] = {
             name: torch.empty(spec.shape, dtype=spec.dtype, device=device) for name, spec in self.specs.items()
@@ -126,7 +128,16 @@ class Linear(nn.Module):
         bias = 0 if self.bias is None else self.bias.nbytes
         return self._released + bias + sum(tensor.nbytes for tensor in self.weights.values())
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def rounding(self) -> Rounding | None:
+        """How the layer's kernel takes an input that is rounded already, known once it is packed; None: not at all."""
+        return None if self.kernel is None else self.kernel.rounding
+
+    def forward(self, x: Tensor | Quantized) -> Tensor:
+        """x [..., in_features], or Quantized where `rounding` asks for it -> [..., out_features]."""
+        if isinstance(x, Quantized):
+            assert self.kernel is not None
+            return self.kernel.run_rounded(x, self.bias)
         if self.kernel is not None:
             return self.kernel(x, self.bias)
         return self.method.apply(self.weights, x, self.bias)
@@ -141,7 +152,23 @@ class SplitLinear(nn.Module):
 
     def __init__(self, parts: Sequence[Linear]) -> None:
         super().__init__()
-        self.parts = nn.ModuleList(parts)
+        self.parts, self.device = nn.ModuleList(parts), parts[0].device
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def rounding(self) -> Rounding | None:
+        return shared_rounding(self.parts)
+
+    def forward(self, x: Tensor | Quantized) -> Tensor:
         return torch.cat([part(x) for part in self.parts], dim=-1)
+
+
+def shared_rounding(consumers: Iterable[nn.Module]) -> Rounding | None:
+    """What all of a tensor's consumers, by their attribute `rounding`, want of it; None when one does not say so, or
+    they differ. Static scales are taken to differ."""
+    wanted: list[Rounding | None] = [getattr(consumer, "rounding", None) for consumer in consumers]
+    first = wanted[0]
+    if first is None or (len(wanted) > 1 and any(
+            other is None or other.activation != first.activation or other.static_scale is not None
+            for other in wanted)):
+        return None
+    return first

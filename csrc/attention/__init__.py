@@ -1,6 +1,7 @@
 """The door of the attention family: paged cache write and attention over block tables, of K and V or of latents."""
 
 from .cache import HeadNorms, rope_and_cache, rope_and_cache_reference, store_kv
+from .latent_cache import latent_and_cache, latent_and_cache_reference, rotate_latent
 from .mla_reference import (
     absorb,
     absorbing_is_cheaper,
@@ -10,7 +11,7 @@ from .mla_reference import (
     project_values,
     write_rows,
 )
-from .paged import AttentionTile, Ragged, attend_latent, attend_paged, attend_plain
+from .paged import AttentionTile, Ragged, attend_latent, attend_paged, attend_plain, merge_counters
 from .reference import attend, causal_mask, gather_kv, write_kv
 
 __all__ = [
@@ -28,9 +29,13 @@ __all__ = [
     "causal_mask",
     "gather_kv",
     "gather_rows",
+    "latent_and_cache",
+    "latent_and_cache_reference",
+    "merge_counters",
     "project_values",
     "rope_and_cache",
     "rope_and_cache_reference",
+    "rotate_latent",
     "store_kv",
     "write_kv",
     "write_rows",

@@ -355,7 +355,7 @@ extern "C" int nybble_paged_attention_v1(const PagedAttention* args, cudaStream_
 
 extern "C" int nybble_paged_attention_v2(const PagedAttention* args, cudaStream_t stream) {
   if (args->requests == 0) return 0;
-  const int code = by_dtype(*args, stream);
-  if (code != 0) return code;
+  if (args->parts > 0)  // without any there are no keys, and zeros are all that remains to be written
+    if (const int code = by_dtype(*args, stream); code != 0) return code;
   return args->bf16 ? merge<__nv_bfloat16>(*args, stream) : merge<__half>(*args, stream);
 }

@@ -14,7 +14,7 @@ struct PagedAttention {
   int64_t q_stride, plane_bytes;
   int requests, heads, kv_heads, dim, block_size, max_blocks;
   int window;              // positions in sight, the query's own included; 0 sees all
-  int parts, part_tokens;  // v2: of a sequence; v1: 1, unused
+  int parts, part_tokens;  // v2: of a sequence, 0 where none has a key; v1: 1, unused
   float scale, v_scale;    // scale includes k_scale
   bool bf16, fp8;          // q and out; the cache (else as q)
 };

@@ -18,10 +18,13 @@ HOPPER = (9, 0)
 # TMA moves rows of 16 bytes: K one-byte codes in, N two-byte values out.
 K_MULTIPLE, N_MULTIPLE = 16, 8
 BY_SHAPE = -1
+FEW_ROWS = 32
+"""Tokens up to which reading the weights is all that takes time, and a kernel made for that is used."""
 
 
 class CutlassFp8Kernel(LinearKernel):
-    """Scales are applied to float32 sums, in the epilogue, with the bias. The tile follows the number of tokens."""
+    """Scales are applied to float32 sums, in the epilogue, with the bias. The tile follows the number of tokens, of which
+    a few have a kernel of their own (csrc/fp8_gemm/few_rows.cu)."""
 
     name: ClassVar[str] = "cutlass_fp8"
     priority: ClassVar[int] = 20
@@ -44,6 +47,8 @@ class CutlassFp8Kernel(LinearKernel):
         self.rounding = Rounding(self.activation, self.weights.get("input_scale"))
         self.multiprocessors = multiprocessors(matrix.scales.device)
         self.gemm = load_op("fp8_gemm")
+        device = matrix.scales.device
+        self.few_rows = load_op("fp8_few_rows") if op_missing("fp8_few_rows", device) is None else None
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         rows = x.reshape(-1, self.columns).contiguous()
@@ -53,6 +58,9 @@ class CutlassFp8Kernel(LinearKernel):
 
     def run_rounded(self, x: Quantized, bias: Tensor | None = None) -> Tensor:
         weights, out = self.weights, x.codes.new_empty(len(x.codes), self.rows, dtype=x.dtype)
+        if self.few_rows is not None and len(x.codes) <= FEW_ROWS:
+            self.few_rows(out, x.codes, weights["codes"], x.scales, weights["scales"], bias)
+            return out
         self.gemm(out, x.codes, weights["codes"], x.scales, weights["scales"], bias, BY_SHAPE, self.multiprocessors)
         return out
 

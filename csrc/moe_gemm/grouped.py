@@ -60,14 +60,16 @@ def silu_quantized(gate_up: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
     return codes, scales
 
 
-def add_rows(y: Tensor, weights: Tensor, rows: Rows) -> Tensor:
-    """y [slots, H], weights [T, top_k] float32 -> [T, H] float32: each token's weighted sum, in order."""
+def add_rows(y: Tensor, weights: Tensor, rows: Rows, *, dtype: torch.dtype = torch.float32,
+             beside: Tensor | None = None) -> Tensor:
+    """y [slots, H], weights [T, top_k] float32 -> [T, H]: each token's weighted sum, in order, as `combine` has it."""
     from .triton_rows import add_rows_kernel
 
     tokens, top_k = rows.of_slot.shape
-    out = y.new_empty(tokens, y.shape[1], dtype=torch.float32)
-    add_rows_kernel[(tokens, -(-y.shape[1] // CHUNK))](y, weights, rows.of_slot, out, y.shape[1], TOP_K=top_k,
-                                                       BLOCK=CHUNK)
+    out = y.new_empty(tokens, y.shape[1], dtype=dtype)
+    add_rows_kernel[(tokens, -(-y.shape[1] // CHUNK))](
+        y, weights, rows.of_slot, out if beside is None else beside.contiguous(), out, y.shape[1], TOP_K=top_k,
+        HAS_BESIDE=beside is not None, BLOCK=CHUNK)
     return out
 
 

@@ -14,9 +14,12 @@ from ..matrix import QuantizedMatrix
 from ..moe_route import Layout
 from ..quantize import triton_quantize
 from ..scheme import Activation, Scheme
+from ..w4a16_gemm import few_rows_op
 from ..w4a16_gemm.packing import PackedCodes
 
 PLAIN_BLOCK, MAX_BLOCK = 64, 128
+FEW_SLOTS = 16
+"""Slots of a tile that the compiled kernel for 4 bits takes."""
 
 
 class Stack(ABC):
@@ -60,6 +63,15 @@ class CodedStack(Stack):
         self.scale_rows: Tensor | None = None
         self.shape = (0, 0)
 
+    @classmethod
+    def over(cls, codes: Tensor, scales: Tensor, scheme: Scheme, activation: Activation) -> CodedStack:
+        """A stack of matrices that already lie in memory: codes [E, N, K], experts any distance apart, K a multiple of
+        32, and their rows' scales [E, N] float32."""
+        stack = cls(len(codes), scheme, activation)
+        stack.shape, stack.block = (codes.shape[1], codes.shape[2]), math.gcd(stack.block, codes.shape[2])
+        stack.tensors = {"codes": codes, "scales": scales.unsqueeze(-1)}
+        return stack
+
     def put_plain(self, number: int, weight: Tensor) -> None:
         self.shape = (weight.shape[0], weight.shape[1])
         self._put(number, {"codes": torch.nn.functional.pad(weight, (0, -weight.shape[1] % self.block))})
@@ -93,8 +105,9 @@ class CodedStack(Stack):
         coded_experts_kernel[(layout.max_tiles * -(-outputs // tile.n),)](
             x, x_scales, layout.slots, layout.tiles, out,
             codes, scales, rows, up_codes, up_scales, up_rows,
-            layout.max_tiles, outputs, inputs, codes.shape[2], x_scales.shape[1], scales.shape[-1], scales[0].numel(),
-            up_scales[0].numel(), GATED=up is not None, ROWS_PER_SLOT=rows_per_slot, KIND_PLAIN=self.plain,
+            layout.max_tiles, outputs, inputs, codes.shape[2], codes.stride(0), x_scales.shape[1], scales.shape[-1],
+            scales.stride(0), up_scales.stride(0),
+            GATED=up is not None, ROWS_PER_SLOT=rows_per_slot, KIND_PLAIN=self.plain,
             W_GROUP=self.w_group, X_GROUP=self.x_group, X_SCALED=self.activation is not None,
             HAS_ROWS=self.scale_rows is not None, UPCAST=x.device.type == "cpu", FP8_BITS=fp8_bits,
             BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=self.block, num_warps=tile.warps, num_stages=tile.stages,
@@ -110,6 +123,7 @@ class PackedStack(Stack):
 
     def put(self, number: int, matrix: QuantizedMatrix) -> None:
         packed, group = PackedCodes.pack(matrix), matrix.scheme.group
+        self.few_rows = None if matrix.scheme.act_order else few_rows_op("w4_experts", packed, matrix.columns)
         self.shape, self.width, self.block = (matrix.rows, matrix.columns), packed.width, packed.block
         self.zero = matrix.zero - packed.offset
         self.blocks_per_group = 0 if group is None else group // packed.block
@@ -127,6 +141,12 @@ class PackedStack(Stack):
 
         other, (outputs, inputs) = (self if up is None else up).tensors, self.shape
         mine, codes = self.tensors, self.tensors["codes"]
+        if self.few_rows is not None and tile.m == FEW_SLOTS:
+            above = {} if up is None else up.tensors
+            self.few_rows(out, x, layout.slots, layout.tiles, codes, mine["scales"], mine.get("zeros"),
+                          above.get("codes"), above.get("scales"), above.get("zeros"), rows_per_slot,
+                          self.blocks_per_group, self.zero)
+            return
         packed_experts_kernel[(layout.max_tiles * -(-outputs // tile.n),)](
             x, layout.slots, layout.tiles, out,
             codes, mine["scales"], mine.get("zeros", codes), mine.get("order", codes),

@@ -124,18 +124,19 @@ def _store(out_ptr, out, slots, n, N, n_in):
 def coded_experts_kernel(
     x_ptr, x_scale_ptr, slot_ptr, tile_ptr, out_ptr,
     w_ptr, scale_ptr, scale_row_ptr, up_ptr, up_scale_ptr, up_scale_row_ptr,
-    max_tiles, N, K, w_stride, x_groups, w_groups, scale_stride, up_scale_stride,
+    max_tiles, N, K, w_stride, code_stride, x_groups, w_groups, scale_stride, up_scale_stride,
     GATED: tl.constexpr, ROWS_PER_SLOT: tl.constexpr, KIND_PLAIN: tl.constexpr, W_GROUP: tl.constexpr,
     X_GROUP: tl.constexpr, X_SCALED: tl.constexpr, HAS_ROWS: tl.constexpr, UPCAST: tl.constexpr,
     FP8_BITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """out [slots, N] = x[slot // ROWS_PER_SLOT] W_e^T, W one value a code; GATED: silu of it times the same of `up`."""
+    """out [slots, N] = x[slot // ROWS_PER_SLOT] W_e^T, W one value a code, rows `w_stride` and experts `code_stride`
+    apart; GATED: silu of it times the same of `up`."""
     expert, n, slots, rows = _tile(slot_ptr, tile_ptr, max_tiles, N, ROWS_PER_SLOT, BLOCK_M, BLOCK_N)
     if expert < 0:
         return
     n_in, row_in = n < N, slots >= 0
     x_at = x_ptr + rows[None, :].to(tl.int64) * K
-    base = expert.to(tl.int64) * N * w_stride
+    base = expert.to(tl.int64) * code_stride
     out = _coded(x_at, row_in, w_ptr + base, scale_ptr + expert * scale_stride, scale_row_ptr, x_scale_ptr, rows,
                  n, n_in, K, w_stride, x_groups, w_groups, KIND_PLAIN, W_GROUP, X_GROUP, X_SCALED, HAS_ROWS, UPCAST,
                  FP8_BITS, BLOCK_M, BLOCK_N, BLOCK_K)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..moe_route.triton_kernel import store_sum
+
 
 @triton.jit
 def sort_kernel(expert_ptr, offset_ptr, row_ptr, S, E, BINS: tl.constexpr, CHUNK: tl.constexpr):
@@ -73,8 +75,12 @@ def silu_kernel(
 
 
 @triton.jit
-def add_rows_kernel(y_ptr, weight_ptr, row_ptr, out_ptr, H, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
-    """out [T, H] float32 = sum over j, in order, of weight [t, j] * y [row [t, j]]; rows of -1 add nothing."""
+def add_rows_kernel(
+    y_ptr, weight_ptr, row_ptr, beside_ptr, out_ptr, H, TOP_K: tl.constexpr, HAS_BESIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out [T, H] = sum over j, in order, of weight [t, j] * y [row [t, j]] in float32, rounded, plus beside [T, H];
+    rows of -1 add nothing."""
     t = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -83,4 +89,4 @@ def add_rows_kernel(y_ptr, weight_ptr, row_ptr, out_ptr, H, TOP_K: tl.constexpr,
         if row >= 0:
             y = tl.load(y_ptr + row * H + column, mask=column < H, other=0.0).to(tl.float32)
             total += y * tl.load(weight_ptr + t * TOP_K + j)
-    tl.store(out_ptr + t * H + column, total, mask=column < H)
+    store_sum(out_ptr, beside_ptr, t * H + column, total, column < H, HAS_BESIDE)

@@ -40,13 +40,18 @@ def align(experts: Tensor, count: int, block: int) -> Layout:
     return Layout(slots=table, tiles=tiles, block=block)
 
 
-def combine(y: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-    """y [T * top_k, H], weights [T, top_k] float32, experts [T, top_k] -> [T, H] float32: each token's weighted sum."""
+def combine(y: Tensor, weights: Tensor, experts: Tensor, *, dtype: torch.dtype = torch.float32,
+            beside: Tensor | None = None) -> Tensor:
+    """y [T * top_k, H], weights [T, top_k] float32, experts [T, top_k] -> [T, H]: each token's weighted sum.
+
+    It is summed in float32 and rounded to `dtype`, then `beside` [T, H] of that dtype is added.
+    """
     from .triton_kernel import combine_kernel
 
     tokens, top_k = experts.shape
-    out = y.new_empty(tokens, y.shape[1], dtype=torch.float32)
+    out = y.new_empty(tokens, y.shape[1], dtype=dtype)
     if tokens:
-        combine_kernel[(tokens, -(-y.shape[1] // CHUNK))](y, weights, experts, out, y.shape[1], TOP_K=top_k,
-                                                          BLOCK=CHUNK)
+        combine_kernel[(tokens, -(-y.shape[1] // CHUNK))](
+            y, weights, experts, out if beside is None else beside.contiguous(), out, y.shape[1], TOP_K=top_k,
+            HAS_BESIDE=beside is not None, BLOCK=CHUNK)
     return out

@@ -39,10 +39,22 @@ def align_kernel(
 
 
 @triton.jit
+def store_sum(out_ptr, beside_ptr, at, total, inside, HAS_BESIDE: tl.constexpr):
+    """Store float32 `total`, rounded; with `beside` added to that, and rounded again as a second operation would."""
+    total = total.to(out_ptr.dtype.element_ty)
+    if HAS_BESIDE:
+        beside = tl.load(beside_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        total = (total.to(tl.float32) + beside).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + at, total, mask=inside)
+
+
+@triton.jit
 def combine_kernel(
-    y_ptr, weight_ptr, expert_ptr, out_ptr, H, TOP_K: tl.constexpr, BLOCK: tl.constexpr,
+    y_ptr, weight_ptr, expert_ptr, beside_ptr, out_ptr, H,
+    TOP_K: tl.constexpr, HAS_BESIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """out [T, H] float32 = sum over j, in order, of weight [t, j] * y [t * TOP_K + j]; experts of -1 add nothing."""
+    """out [T, H] = sum over j, in order, of weight [t, j] * y [t * TOP_K + j] in float32, rounded, plus beside [T, H];
+    experts of -1 add nothing."""
     t = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -51,4 +63,4 @@ def combine_kernel(
         if tl.load(expert_ptr + slot) >= 0:  # what nobody wrote may be NaN
             y = tl.load(y_ptr + slot * H + column, mask=column < H, other=0.0).to(tl.float32)
             total += y * tl.load(weight_ptr + slot)
-    tl.store(out_ptr + t * H + column, total, mask=column < H)
+    store_sum(out_ptr, beside_ptr, t * H + column, total, column < H, HAS_BESIDE)

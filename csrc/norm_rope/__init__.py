@@ -1,5 +1,6 @@
 """The door of the norm and rotary family: RMSNorm, rotary embedding, gated SiLU."""
 
+from .fused import fused_rms_norm, fused_silu_mul
 from .reference import rms_norm, rotary, silu_mul
 
-__all__ = ["rms_norm", "rotary", "silu_mul"]
+__all__ = ["fused_rms_norm", "fused_silu_mul", "rms_norm", "rotary", "silu_mul"]

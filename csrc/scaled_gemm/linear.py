@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..launch import Tile, add_splits, lacks_fp8, missing, multiprocessors, split_blocks, tile_for
+from ..launch import Tile, lacks_fp8, missing, multiprocessors, split_blocks, split_counters, split_parts, tile_for
 from ..matrix import QuantizedMatrix
-from ..quantize import triton_quantize
+from ..quantize import Quantized, Rounding, triton_quantize
 from ..select import LinearKernel, Problem
 
 MAX_BLOCK = 128
@@ -56,7 +56,10 @@ class _ScaledKernel(LinearKernel):
             self.weights["scale_rows"] = matrix.scale_rows.int()
         if self.activation is not None and matrix.input_scale is not None:
             self.weights["input_scale"] = matrix.input_scale.float()
+        if self.activation is not None:
+            self.rounding = Rounding(self.activation, self.weights.get("input_scale"))
         self.programs = WAVES * multiprocessors(codes.device)
+        self.counters = split_counters(self.programs, codes.device)
         self.tiles: tuple[Tile, ...] = TILES
         if codes.is_cuda:
             # CUDA keeps 1 KiB of a multiprocessor's for itself; one program may have the rest.
@@ -64,32 +67,40 @@ class _ScaledKernel(LinearKernel):
             self.tiles = tiles_within(memory, self.block, 1 if self.activation is not None else dtype.itemsize)
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        rows = x.reshape(-1, self.columns).contiguous()
+        if self.activation is None:
+            out = self._run(rows, None, x.dtype, bias)
+        else:
+            codes, scales = triton_quantize(rows, self.activation, self.weights.get("input_scale"))
+            out = self._run(codes, scales, x.dtype, bias)
+        return out.view(*x.shape[:-1], self.rows)
+
+    def run_rounded(self, x: Quantized, bias: Tensor | None = None) -> Tensor:
+        return self._run(x.codes, x.scales, x.dtype, bias)
+
+    def _run(self, rows: Tensor, x_scales: Tensor | None, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
+        """rows [M, K] of values, or of codes with their scales -> [M, N] in `dtype`."""
         from .triton_kernel import scaled_kernel
 
-        rows = x.reshape(-1, self.columns).contiguous()
         tokens, weights = len(rows), self.weights
-        out = rows.new_empty(tokens, self.rows)
+        out = rows.new_empty(tokens, self.rows, dtype=dtype)
         if tokens == 0:
-            return out.view(*x.shape[:-1], self.rows)
+            return out
         codes, scales = weights["codes"], weights["scales"]
-        x_scales = scales
-        if self.activation is not None:
-            rows, x_scales = triton_quantize(rows, self.activation, weights.get("input_scale"))
+        x_scales = scales if x_scales is None else x_scales
         tile, blocks = tile_for(tokens, self.tiles), codes.shape[1] // self.block
         tiles = -(-self.rows // tile.n) * -(-tokens // tile.m)
         splits = split_blocks(tiles, blocks, self.programs)
-        target = out if splits == 1 else out.new_empty(splits, *out.shape, dtype=torch.float32)
         scaled_kernel[(tiles, splits)](
-            rows, codes, x_scales, scales, weights.get("scale_rows", scales), scales if bias is None else bias, target,
-            tokens, self.rows, self.columns, codes.shape[1], blocks, -(-blocks // splits), x_scales.shape[1],
-            scales.shape[1], W_GROUP=self.w_group, X_GROUP=self.x_group, X_SCALED=self.activation is not None,
+            rows, codes, x_scales, scales, weights.get("scale_rows", scales), scales if bias is None else bias, out,
+            split_parts(out, splits), self.counters, tokens, self.rows, self.columns, codes.shape[1], blocks,
+            -(-blocks // splits), x_scales.shape[1], scales.shape[1],
+            W_GROUP=self.w_group, X_GROUP=self.x_group, X_SCALED=self.activation is not None,
             HAS_ROWS="scale_rows" in weights, HAS_BIAS=bias is not None, SPLIT=splits > 1,
-            EVEN_K=self.columns == codes.shape[1], UPCAST=x.device.type == "cpu", FP8_BITS=self.fp8_bits,
+            EVEN_K=self.columns == codes.shape[1], UPCAST=rows.device.type == "cpu", FP8_BITS=self.fp8_bits,
             BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=self.block, num_warps=tile.warps, num_stages=tile.stages,
         )
-        if splits > 1:
-            add_splits(target, bias, out)
-        return out.view(*x.shape[:-1], self.rows)
+        return out
 
 
 def _refusal(problem: Problem, needed: tuple[int, int]) -> str | None:

@@ -6,11 +6,12 @@ import triton
 import triton.language as tl
 
 from ..triton_fp8 import fp8_values
+from ..triton_splits import arrived_last, sum_parts
 
 
 @triton.jit
 def scaled_kernel(
-    x_ptr, w_ptr, x_scale_ptr, w_scale_ptr, scale_row_ptr, bias_ptr, out_ptr,
+    x_ptr, w_ptr, x_scale_ptr, w_scale_ptr, scale_row_ptr, bias_ptr, out_ptr, part_ptr, counter_ptr,
     M, N, K, w_stride, blocks, blocks_per_split, x_groups, w_groups,
     W_GROUP: tl.constexpr, X_GROUP: tl.constexpr, X_SCALED: tl.constexpr, HAS_ROWS: tl.constexpr,
     HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, EVEN_K: tl.constexpr, UPCAST: tl.constexpr, FP8_BITS: tl.constexpr,
@@ -21,8 +22,8 @@ def scaled_kernel(
     Weights are the left operand, so that few tokens still fill the matrix instruction's other side. X_GROUP and W_GROUP
     are BLOCK_Ks that share a scale; 0: all of a row do, and it is applied once, at the end. X_SCALED: x is codes, with
     scales [M, x_groups]. w_scale is [R, w_groups], its row of output n scale_row[n] with HAS_ROWS, else n. With SPLIT,
-    program (., s) writes float32 [s, M, N]; the caller adds the splits up. UPCAST multiplies in float32, for the
-    interpreter. FP8_BITS: w is FP8 codes, given as int8.
+    program (., s) writes part [s, M, N] float32, and the tile's last one adds them up in order; counter is what
+    `split_counters` gives. UPCAST multiplies in float32, for the interpreter. FP8_BITS: w is FP8 codes, given as int8.
     """
     tiles_n = tl.cdiv(N, BLOCK_N)
     pid, split = tl.program_id(0), tl.program_id(1)
@@ -81,8 +82,10 @@ def scaled_kernel(
     at = m[None, :].to(tl.int64) * N + n[:, None]
     inside = n_in[:, None] & m_in[None, :]
     if SPLIT:
-        tl.store(out_ptr + split.to(tl.int64) * M * N + at, out, mask=inside)
-    else:
-        if HAS_BIAS:
-            out += tl.load(bias_ptr + n, mask=n_in, other=0.0).to(tl.float32)[:, None]
-        tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(part_ptr + split.to(tl.int64) * M * N + at, out, mask=inside)
+        if not arrived_last(counter_ptr + pid, tl.num_programs(1)):
+            return
+        out = sum_parts(part_ptr + at, M * N, tl.num_programs(1), inside, BLOCK_N, BLOCK_M)
+    if HAS_BIAS:
+        out += tl.load(bias_ptr + n, mask=n_in, other=0.0).to(tl.float32)[:, None]
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)

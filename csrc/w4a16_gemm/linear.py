@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..launch import Tile, add_splits, missing, multiprocessors, split_blocks, tile_for
+from ..launch import Tile, missing, multiprocessors, split_blocks, split_counters, split_parts, tile_for
 from ..matrix import QuantizedMatrix
+from ..ops import load_op, op_missing
 from ..select import LinearKernel, Problem
-from .packing import MIN_BLOCK, PackedCodes, block_of
+from .packing import MAX_BLOCK, MIN_BLOCK, PackedCodes, block_of
 
 # Measured on an H100 at Llama-3-8B's shapes: few tokens want small programs, many a tile that is read often.
 TILES = (Tile(n=64, m=16, warps=4, stages=3), Tile(n=64, m=32, warps=4, stages=4), Tile(n=64, m=64, warps=4, stages=4),
          Tile(n=128, m=128, warps=8, stages=3))
 # Programs for each multiprocessor: enough loads in flight to hide memory's latency.
 WAVES = 4
+FEW_ROWS = 32
 
 
 class TritonW4A16Kernel(LinearKernel):
-    """Codes with scales and zero points by group, inputs in any order; float32 sums, no atomics."""
+    """Codes with scales and zero points by group, inputs in any order; float32 sums, no atomics.
+
+    4 bits by a few tokens have a kernel of their own on the same weights (csrc/w4a16_gemm/few_rows.cu), where it is built.
+    """
 
     name: ClassVar[str] = "triton_w4a16"
     priority: ClassVar[int] = 10
@@ -48,12 +54,14 @@ class TritonW4A16Kernel(LinearKernel):
         self.zero, self.blocks = matrix.zero - packed.offset, packed.bytes.shape[1]
         self.blocks_per_group = 0 if matrix.scheme.group is None else matrix.scheme.group // packed.block
         self.programs = WAVES * multiprocessors(matrix.scales.device)
+        self.counters = split_counters(self.programs, matrix.scales.device)
         self.weights = {"codes": packed.bytes, "scales": matrix.scales.expand(matrix.rows, -1).T.contiguous()}
         if matrix.zeros is not None:
             zeros = matrix.zeros.expand(matrix.rows, -1).T ^ packed.offset
             self.weights["zeros"] = zeros.view(torch.int8).contiguous()
         if matrix.order is not None:
             self.weights["order"] = matrix.order.int()
+        self.few_rows = few_rows_op("w4_few_rows", packed, matrix.columns)
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         from .triton_kernel import w4a16_kernel
@@ -65,19 +73,28 @@ class TritonW4A16Kernel(LinearKernel):
         tile, weights = tile_for(len(rows), TILES), self.weights
         if (order := weights.get("order")) is not None:
             rows = rows.index_select(1, order)  # once: gathered inside, every tile of outputs would do it again
+        if self.few_rows is not None and len(rows) <= FEW_ROWS:
+            self.few_rows(out, rows, weights["codes"], weights["scales"], weights.get("zeros"), bias,
+                          self.blocks_per_group, self.zero)
+            return out.view(*x.shape[:-1], self.rows)
         tiles = -(-self.rows // tile.n) * -(-len(rows) // tile.m)
         splits = split_blocks(tiles, self.blocks, self.programs)
-        target = out if splits == 1 else out.new_empty(splits, *out.shape, dtype=torch.float32)
         codes = weights["codes"]
         w4a16_kernel[(tiles, splits)](
             rows, codes, weights["scales"], weights.get("zeros", codes), codes if bias is None else bias,
-            target,
+            out, split_parts(out, splits), self.counters,
             len(rows), self.rows, self.columns, self.blocks, -(-self.blocks // splits),
             BLOCKS_PER_GROUP=self.blocks_per_group, WIDTH=self.width, ZERO=self.zero, HAS_ZEROS="zeros" in weights,
             HAS_BIAS=bias is not None, SPLIT=splits > 1,
             EVEN_K=self.columns % self.block == 0, UPCAST=x.device.type == "cpu",
             BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=self.block, num_warps=tile.warps, num_stages=tile.stages,
         )
-        if splits > 1:
-            add_splits(target, bias, out)
         return out.view(*x.shape[:-1], self.rows)
+
+
+def few_rows_op(name: str, packed: PackedCodes, columns: int) -> Callable[..., None] | None:
+    """The compiled kernel for a few tokens, if it can multiply by these codes and is there; it needs mma of Ampere."""
+    device = packed.bytes.device
+    if packed.width != 4 or packed.block != MAX_BLOCK or columns % 16 or missing(device, (8, 0)) is not None:
+        return None
+    return load_op(name) if op_missing(name, device) is None else None

@@ -5,10 +5,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..triton_splits import arrived_last, sum_parts
+
 
 @triton.jit
 def w4a16_kernel(
-    x_ptr, code_ptr, scale_ptr, zero_ptr, bias_ptr, out_ptr,
+    x_ptr, code_ptr, scale_ptr, zero_ptr, bias_ptr, out_ptr, part_ptr, counter_ptr,
     M, N, K, blocks, blocks_per_split,
     BLOCKS_PER_GROUP: tl.constexpr, WIDTH: tl.constexpr, ZERO: tl.constexpr,
     HAS_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, EVEN_K: tl.constexpr, UPCAST: tl.constexpr,
@@ -18,8 +20,9 @@ def w4a16_kernel(
 
     Weights are the left operand, so that they go from registers to the tensor cores; codes are laid out as
     `PackedCodes` says, scales and zeros [groups, N]. With SPLIT, program (., s) sums `blocks_per_split` blocks of
-    inputs and writes float32 [s, M, N]; the caller adds the splits up. BLOCKS_PER_GROUP 0: one group. UPCAST multiplies
-    in float32, for the interpreter, which has no bfloat16 product.
+    inputs into part [s, M, N] float32, and the tile's last one adds them up in order; counter is what `split_counters`
+    gives. BLOCKS_PER_GROUP 0: one group. UPCAST multiplies in float32, for the interpreter, which has no bfloat16
+    product.
     """
     tiles_n = tl.cdiv(N, BLOCK_N)
     pid, split = tl.program_id(0), tl.program_id(1)
@@ -68,8 +71,10 @@ def w4a16_kernel(
     at = m[None, :].to(tl.int64) * N + n[:, None]
     inside = n_in[:, None] & m_in[None, :]
     if SPLIT:
-        tl.store(out_ptr + split.to(tl.int64) * M * N + at, acc, mask=inside)
-    else:
-        if HAS_BIAS:
-            acc += tl.load(bias_ptr + n, mask=n_in, other=0.0).to(tl.float32)[:, None]
-        tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(part_ptr + split.to(tl.int64) * M * N + at, acc, mask=inside)
+        if not arrived_last(counter_ptr + pid, tl.num_programs(1)):
+            return
+        acc = sum_parts(part_ptr + at, M * N, tl.num_programs(1), inside, BLOCK_N, BLOCK_M)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + n, mask=n_in, other=0.0).to(tl.float32)[:, None]
+    tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=inside)

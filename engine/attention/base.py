@@ -65,6 +65,8 @@ class AttentionBackend(ABC):
 
     name: ClassVar[str]
     priority: ClassVar[int] = 0
+    capturable: ClassVar[bool] = False
+    """Whether a step with `max_query_len` 1 looks at device memory only, so that a CUDA graph can record it."""
 
     @classmethod
     @abstractmethod

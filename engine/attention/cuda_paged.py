@@ -26,6 +26,7 @@ class PagedAttention(TorchPagedBackend):
 
     name: ClassVar[str] = "cuda_paged"
     priority: ClassVar[int] = 1
+    capturable: ClassVar[bool] = True
 
     @classmethod
     def supports(cls, problem: AttentionProblem) -> str | None:

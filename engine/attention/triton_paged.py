@@ -20,12 +20,14 @@ from ...csrc.attention import (
     attend_paged,
     attend_plain,
     gather_rows,
+    latent_and_cache,
+    merge_counters,
     project_values,
     rope_and_cache,
     store_kv,
 )
 from ...csrc.launch import lacks_fp8, missing
-from ...models import Attention, AttentionLayer, AttentionRun, MLAAttention
+from ...models import Attention, AttentionLayer, FusedAttentionRun, MLAAttention
 from ..plan import KVCacheLayout
 from .base import AttentionBackend, AttentionProblem, StepShape
 
@@ -43,6 +45,7 @@ class TritonAttentionBackend(AttentionBackend):
 
     name: ClassVar[str] = "triton"
     priority: ClassVar[int] = 10
+    capturable: ClassVar[bool] = True
 
     @classmethod
     def supports(cls, problem: AttentionProblem) -> str | None:
@@ -61,6 +64,7 @@ class TritonAttentionBackend(AttentionBackend):
     def __init__(self, layers: Sequence[AttentionLayer], layout: KVCacheLayout, *, dtype: torch.dtype,
                  device: torch.device, cache_dtype: torch.dtype | None = None) -> None:
         self.block_size, self.dtype, self.device = layout.block_size, dtype, device
+        self.counters = merge_counters(device)
         self.caches = self.allocate(layers, layout, cache_dtype or dtype, device)
         latent = [layer for layer in layers if isinstance(layer, MLAAttention)]
         width = max((a.num_heads * (a.qk_nope_head_dim + a.v_head_dim) for a in latent), default=0)
@@ -84,7 +88,7 @@ class LatentPart:
     key_start: Tensor | None = None
 
 
-class TritonAttentionRun(AttentionRun):
+class TritonAttentionRun(FusedAttentionRun):
     """One step over the backend's caches."""
 
     def __init__(self, backend: TritonAttentionBackend, step: StepShape) -> None:
@@ -106,17 +110,29 @@ class TritonAttentionRun(AttentionRun):
 
     def _attend(self, layer: Attention, q: Tensor) -> Tensor:
         return attend_paged(q, self.backend.caches[layer.index], self.batch, scale=layer.scale,
-                            window=layer.sliding_window, k_scale=layer.k_scale, v_scale=layer.v_scale)
+                            window=layer.sliding_window, k_scale=layer.k_scale, v_scale=layer.v_scale,
+                            counters=self.backend.counters)
 
     def run_latent(self, layer: MLAAttention, q_nope: Tensor, q_pe: Tensor, rows: Tensor) -> Tensor:
-        cache = self.backend.caches[layer.index]
-        store_kv(cache, rows[:, None], None, self.step.slots, k_scale=layer.k_scale)
+        store_kv(self.backend.caches[layer.index], rows[:, None], None, self.step.slots, k_scale=layer.k_scale)
+        return self._attend_latent(layer, q_nope, q_pe)
+
+    def run_q_latent(self, layer: MLAAttention, q: Tensor, latent: Tensor, k_pe: Tensor, rope: tuple[Tensor, Tensor],
+                     weight: Tensor, eps: float) -> Tensor:
+        """As `run_latent`, what comes before it in one launch."""
+        q_nope, q_pe = latent_and_cache(
+            q, latent, k_pe, *rope, weight, eps, self.backend.caches[layer.index], self.step.slots,
+            heads=layer.num_heads, interleaved=layer.interleaved, rounding=layer.latent_rounding,
+            kv_scale=layer.k_scale)
+        return self._attend_latent(layer, q_nope, q_pe)
+
+    def _attend_latent(self, layer: MLAAttention, q_nope: Tensor, q_pe: Tensor) -> Tensor:
         if self.step.max_query_len == 1:  # what a CUDA graph records: no length is looked at
             return self._absorbed(layer, q_nope, q_pe, self.batch)
         key = (layer.kv_lora_rank, layer.qk_nope_head_dim, layer.v_head_dim)
         if key not in self._parts:
             self._parts[key] = list(self._split(*key))
-        parts, out = self._parts[key], rows.new_empty(len(rows), layer.num_heads, layer.v_head_dim)
+        parts, out = self._parts[key], q_pe.new_empty(len(q_pe), layer.num_heads, layer.v_head_dim)
         for part in parts:
             these = part.rows
             if part.key_start is None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 from argparse import Namespace
 from contextlib import closing
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from ...models.demo.tasks import Example, take
 from ...plugins import log
 from ...plugins.errors import UsageError
 from ..args import DEMO, DEMO_FORMS
 from ..expert_stats import as_heat_map
 from .parser import Parser, add_engine_flags, engine_args, without_demo
 from .sampling import stream
+
+if TYPE_CHECKING:
+    from ...models.demo.tasks import Example
 
 TASKS = ("sum", "sort", "chain")
 ANSWER_TOKENS = 64
@@ -33,6 +36,7 @@ def run(parsed: Namespace) -> int:
     name = f"{DEMO}-{parsed.form}"
     log.configure(default="WARNING")
     args = without_demo(replace(args, model=name, expert_stats=True))
+    from ...models.demo.tasks import take  # with torch, which the command line does without until here
     from ..llm import LLM
     from ..request import RequestOutputKind, SamplingParams
 

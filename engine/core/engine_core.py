@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import NamedTuple
 
 from ...plugins import env
 from ...plugins.errors import RequestError
@@ -13,10 +15,20 @@ from ..config import EngineConfig
 from ..executor.base import Executor
 from ..expert_stats import ExpertCounts
 from ..metrics import StepStats
+from ..plan import Plan, Result
 from ..request import EngineCoreOutput, EngineCoreRequest
 from ..sched.scheduler import Scheduler
 
 log = get_logger(__name__)
+
+
+class Running(NamedTuple):
+    """A step on the device: its plan, how to wait for its result, and what starting it took on the host."""
+
+    plan: Plan
+    wait: Callable[[], Result]
+    schedule_seconds: float
+    launch_seconds: float
 
 
 class EngineCore:
@@ -35,6 +47,10 @@ class EngineCore:
         )
         self._step_done = host.step_done
         self._refused: list[EngineCoreOutput] = []
+        self._run_ahead = config.scheduler.async_scheduling
+        self._running: Running | None = None
+        self.stats = StepStats()
+        """Of the last step whose result came in."""
         log.info("engine ready in %.2f s", time.monotonic() - start)
 
     def add_request(self, request: EngineCoreRequest) -> None:
@@ -51,31 +67,56 @@ class EngineCore:
         self.scheduler.finish_requests(request_ids)
 
     def has_work(self) -> bool:
-        return bool(self._refused) or self.scheduler.has_work()
+        return bool(self._refused) or self._running is not None or self.scheduler.has_work()
 
     def step(self) -> list[EngineCoreOutput]:
-        """Run one step and return what requests gained. An exception means the engine cannot go on."""
+        """Run one step and return what requests gained. An exception means the engine cannot go on.
+
+        With async scheduling a step is started before the one before it is waited for, so that the device always has
+        one to go on with; what is returned is then of the step before.
+        """
         refused, self._refused = self._refused, []
+        running, self._running = self._running, None
+        try:
+            if running is None or self.scheduler.can_run_ahead:
+                self._running = self._start()
+                if running is None and not self._run_ahead:
+                    running, self._running = self._running, None
+            if running is not None:
+                return refused + self._finish(running)
+            self.stats = self.stats.levels()
+            return refused
+        except Exception:
+            log.error("a step failed; the scheduler was at:\n%s", self.scheduler.dump())
+            raise
+
+    def _start(self) -> Running | None:
+        """Plan the next step and give it to the device, if there is anything to do."""
+        if not self.scheduler.has_work():
+            return None
         start = time.monotonic()
         plan = self.scheduler.schedule()
         planned = time.monotonic()
         if not plan.request_ids and not plan.finished_request_ids:
-            return refused
-        try:
-            result = self.executor.execute_model(plan)
-        except Exception:
-            log.error("a step failed; the scheduler was at:\n%s", self.scheduler.dump())
-            raise
-        outputs = self.scheduler.update(plan, result)
-        self.stats.schedule_seconds = planned - start
-        self.stats.execute_seconds = time.monotonic() - planned
+            wait: Callable[[], Result] = Result
+        elif self._run_ahead:
+            wait = self.executor.launch(plan)
+        else:
+            wait = partial(self.executor.execute_model, plan)
+        return Running(plan, wait, planned - start, time.monotonic() - planned)
+
+    def _finish(self, running: Running) -> list[EngineCoreOutput]:
+        """Wait for a step's result and take it in."""
+        start = time.monotonic()
+        result = running.wait()
+        waited = time.monotonic() - start
+        outputs = self.scheduler.update(running.plan, result)
+        self.stats = self.scheduler.stats
+        self.stats.schedule_seconds = running.schedule_seconds
+        self.stats.execute_seconds = running.launch_seconds + waited
         if self._step_done is not None:
             self._step_done(self.stats)
-        return refused + outputs
-
-    @property
-    def stats(self) -> StepStats:
-        return self.scheduler.stats
+        return outputs
 
     def reset_prefix_cache(self) -> bool:
         """Forget every cached prefix; False while requests hold blocks."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 from ...plugins.errors import OutOfMemoryError
 from ...plugins.log import get_logger
@@ -30,6 +31,14 @@ class Executor(ABC):
     @abstractmethod
     def execute_model(self, plan: Plan) -> Result:
         """Run one step on every worker."""
+
+    def launch(self, plan: Plan) -> Callable[[], Result]:
+        """Start one step; what is returned waits for its result.
+
+        The next step may be started before, once. An executor that cannot do that runs the step here and now.
+        """
+        result = self.execute_model(plan)
+        return lambda: result
 
     @abstractmethod
     def expert_counts(self, reset: bool) -> list[ExpertCounts]:

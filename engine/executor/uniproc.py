@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ...plugins.manager import PluginHost
 from ..config import EngineConfig
 from ..expert_stats import ExpertCounts
@@ -24,6 +26,9 @@ class UniProcExecutor(Executor):
 
     def execute_model(self, plan: Plan) -> Result:
         return self.worker.execute_model(plan)
+
+    def launch(self, plan: Plan) -> Callable[[], Result]:
+        return self.worker.launch(plan)
 
     def expert_counts(self, reset: bool) -> list[ExpertCounts]:
         return self.worker.expert_counts(reset)

@@ -72,6 +72,12 @@ class SamplingMetadata:
     max_logprobs: int | None = None
     errors: dict[int, str] = field(default_factory=dict)
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token of the untouched logits is all that any row asks for."""
+        return self.random is None and self.penalties is None and self.max_logprobs is None and not (
+            self.jobs or self.errors)
+
 
 def take_rows(x: Tensor, index: Tensor | None) -> Tensor:
     """Rows `index` of x as a copy, or x itself for None."""

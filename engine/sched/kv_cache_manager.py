@@ -108,12 +108,15 @@ class KVCacheManager:
         """All blocks a request holds."""
         return tuple([block.block_id for block in group] for group in self._tables[request.request_id].blocks)
 
-    def cache_blocks(self, request: Request) -> None:
-        """Offer the full, computed blocks of a request for sharing; its drafts have no hash and never are."""
+    def cache_blocks(self, request: Request, num_computed: int) -> None:
+        """Offer the full blocks of a request's first `num_computed` tokens for sharing.
+
+        Drafts have no hash and never are shared, nor is what a step in flight still computes.
+        """
         if not self._caching:
             return
         table = self._tables[request.request_id]
-        num_full = min(request.num_computed_tokens, request.num_tokens) // self.block_size
+        num_full = min(num_computed, request.num_tokens) // self.block_size
         if num_full <= table.num_hashed:
             return
         self._extend_hashes(request)

@@ -39,6 +39,7 @@ class Request:
         all_token_ids: prompt and outputs; only ever appended to.
         num_computed_tokens: how many of `all_token_ids`, then of its drafts, have KV once the step in flight
             is over; 0 while the workers do not hold the request.
+        num_pending: tokens that steps in flight are about to sample.
         spec_token_ids: drafts to verify in the next step.
         max_num_tokens: length at which the request ends; its last token is never computed.
         seq: place in the order of arrival; unique.
@@ -57,6 +58,7 @@ class Request:
         "min_num_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
+        "num_pending",
         "num_preemptions",
         "num_prompt_tokens",
         "prompt_logprobs",
@@ -84,6 +86,7 @@ class Request:
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0
         self.num_preemptions = 0
+        self.num_pending = 0
         self.spec_token_ids: list[int] = []
         self.block_hashes: list[BlockHash] = []
         self.prompt_logprobs: TokenLogprobLists | None = None
@@ -92,6 +95,11 @@ class Request:
     @property
     def num_tokens(self) -> int:
         return len(self.all_token_ids)
+
+    @property
+    def num_tokens_ahead(self) -> int:
+        """Tokens it has and those that steps in flight are about to sample."""
+        return len(self.all_token_ids) + self.num_pending
 
     @property
     def num_output_tokens(self) -> int:
@@ -106,6 +114,13 @@ class Request:
         """False when every prompt position must be computed because its log probabilities are wanted."""
         params = self.message.params
         return params.prompt_logprobs is None and not params.skip_reading_prefix_cache
+
+    @property
+    def reads_output(self) -> bool:
+        """Whether its sampler must have seen every token before the next: penalties count them, bad words match them."""
+        params = self.message.params
+        penalties = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
+        return bool(params.bad_words) or penalties != (1.0, 0.0, 0.0)
 
     def append_output(self, tokens: list[int]) -> list[int]:
         """Append sampled tokens up to the first that ends the request; return those that were kept."""
@@ -182,6 +197,7 @@ class Request:
         self.status = RequestStatus.PREEMPTED
         self.num_computed_tokens = 0
         self.num_preemptions += 1
+        self.num_pending = 0
         self.spec_token_ids = []
         self.prompt_logprobs = None
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import bisect
 import random
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from itertools import islice
+from typing import NamedTuple
 
 from ...plugins.errors import RequestError
 from ...plugins.log import get_logger
@@ -21,6 +23,25 @@ from .request import Request, RequestStatus
 logger = get_logger(__name__)
 
 DUMP_ROWS = 20
+
+
+class Planned(NamedTuple):
+    """A request's part of a step in flight: `end` tokens are computed after it, and perhaps one is sampled.
+
+    The request and not its id: when the result comes, an aborted request's id may be in use again.
+    """
+
+    request: Request
+    end: int
+    samples: bool
+
+
+class InFlight(NamedTuple):
+    """A step whose result is not in yet: its requests in the plan's order, and what is counted of it."""
+
+    step: int
+    requests: list[Planned]
+    stats: StepStats
 
 
 class Scheduler:
@@ -39,7 +60,10 @@ class Scheduler:
     push it out again.
 
     `num_computed_tokens` advances in `schedule`, before the result is known; `update` takes back what the
-    rejected drafts had added.
+    rejected drafts had added. So a step can be planned while the one before it runs (`can_run_ahead`): a request whose
+    next token is being sampled counts it (`num_pending`), and the worker knows where to find it. One that turns out
+    to have ended was computed for nothing, and that result is dropped, as is the token of one that was preempted
+    in between: it is sampled again, the same.
 
     Args:
         log_steps: log one line per step.
@@ -78,9 +102,7 @@ class Scheduler:
         threshold = scheduler.long_prefill_token_threshold if scheduler.enable_chunked_prefill else 0
         self._max_chunk = threshold or scheduler.max_num_batched_tokens
         self._finished_ids: list[str] = []
-        # Who is in the plan whose result is not in yet, in its order. Requests and not ids: when the result
-        # comes, an aborted request's id may be in use again.
-        self._in_flight: list[Request] = []
+        self._in_flight: deque[InFlight] = deque()
         self._num_steps = 0
         self._num_requests = 0
         self._step_started = 0.0
@@ -183,12 +205,26 @@ class Scheduler:
 
     # -- a step is planned
 
+    @property
+    def can_run_ahead(self) -> bool:
+        """Whether a step may be planned before the last one's result is in.
+
+        Not when a sampler must see a token that is still being sampled: penalties, bad words, logits processors.
+        """
+        return len(self._in_flight) < 2 and not any(planned.request.reads_output for planned in self._last_planned)
+
+    @property
+    def _last_planned(self) -> list[Planned]:
+        return self._in_flight[-1].requests if self._in_flight else []
+
     def schedule(self) -> Plan:
         """Plan the next step. A plan may have no requests and still tell workers whom to forget."""
-        assert not self._in_flight, f"the result of step {self._num_steps} is not in yet"
+        assert len(self._in_flight) < 2 and (not self._in_flight or self.can_run_ahead), "too far ahead"
         self._step_started = self._clock()
         self._num_steps += 1
-        self.stats = StepStats(step=self._num_steps)
+        step = InFlight(self._num_steps, [], StepStats(step=self._num_steps))
+        self._in_flight.append(step)
+        self.stats = step.stats
         plan = Plan(
             step=self._num_steps,
             request_ids=[],
@@ -203,7 +239,7 @@ class Scheduler:
         # Who was preempted needs room more than a newcomer does.
         if not self.stats.num_preempted:
             self._schedule_waiting(plan, budget)
-        assert self._in_flight or not self.requests, f"no progress\n{self.dump()}"
+        assert any(planned.requests for planned in self._in_flight) or not self.requests, f"no progress\n{self.dump()}"
         self.stats.schedule_seconds = self._clock() - self._step_started
         return plan
 
@@ -217,11 +253,14 @@ class Scheduler:
             computed = request.num_computed_tokens
             # A draft at or past the last position of a request can never be kept.
             num_tokens = min(
-                request.num_tokens + len(request.spec_token_ids) - computed,
+                request.num_tokens_ahead + len(request.spec_token_ids) - computed,
                 request.max_num_tokens - 1 - computed,
                 max_chunk,
                 budget,
             )
+            if not num_tokens:  # its last token is being sampled
+                index += 1
+                continue
             while (block_ids := allocate(request, computed + num_tokens)) is None:
                 self._preempt(-1, plan)
                 if request.status is RequestStatus.PREEMPTED:
@@ -265,7 +304,9 @@ class Scheduler:
     def _plan(self, request: Request, num_tokens: int, plan: Plan) -> None:
         """Enter `num_tokens` more tokens of a request into the plan."""
         computed = request.num_computed_tokens
-        self._in_flight.append(request)
+        samples = computed + num_tokens >= request.num_tokens_ahead
+        self._in_flight[-1].requests.append(Planned(request, computed + num_tokens, samples))
+        request.num_pending += samples
         plan.request_ids.append(request.request_id)
         plan.num_tokens.append(num_tokens)
         plan.num_computed.append(computed)
@@ -294,13 +335,14 @@ class Scheduler:
 
         Requests that were aborted in the meantime are passed over.
         """
-        assert plan.step == self._num_steps, f"step {plan.step} is not the last, {self._num_steps}"
-        outputs = []
-        in_flight, self._in_flight = self._in_flight, []
-        for request in in_flight:
+        step = self._in_flight.popleft()
+        assert plan.step == step.step, f"step {plan.step} is not the oldest in flight, {step.step}"
+        outputs, self.stats = [], step.stats
+        for planned in step.requests:
+            request = planned.request
             if request.status is not RequestStatus.RUNNING:
                 continue
-            output = self._update_request(request, plan, result)
+            output = self._update_request(planned, plan, result)
             if output is not None:
                 outputs.append(output)
                 self.stats.generated_tokens += len(output.new_token_ids)
@@ -316,8 +358,9 @@ class Scheduler:
             self._log(plan)
         return outputs
 
-    def _update_request(self, request: Request, plan: Plan, result: Result) -> EngineCoreOutput | None:
+    def _update_request(self, planned: Planned, plan: Plan, result: Result) -> EngineCoreOutput | None:
         """Take in one request's part of a result; None when its chunk did not reach its last token."""
+        request, end, samples = planned
         request_id = request.request_id
         if request_id in result.errors:
             request.status = RequestStatus.FINISHED_ERROR
@@ -325,17 +368,17 @@ class Scheduler:
         if request_id in result.prompt_logprobs:
             request.add_prompt_logprobs(result.prompt_logprobs[request_id])
         sampled = result.sampled.get(request_id)
-        assert (sampled is not None) == (request.num_computed_tokens >= request.num_tokens), (
-            f"sampled {sampled} for {request}"
-        )
+        assert (sampled is not None) == samples, f"sampled {sampled} for {request}"
         if sampled is None:
-            self.kv.cache_blocks(request)
+            self.kv.cache_blocks(request, end)
             return None
+        request.num_pending -= 1
         num_drafts = len(plan.draft_token_ids.get(request_id, ()))
         assert 0 < len(sampled) <= num_drafts + 1, f"sampled {sampled} for {num_drafts} drafts of {request}"
-        request.num_computed_tokens -= num_drafts + 1 - len(sampled)
+        rejected = num_drafts + 1 - len(sampled)
+        request.num_computed_tokens -= rejected
         kept = request.append_output(sampled)
-        self.kv.cache_blocks(request)
+        self.kv.cache_blocks(request, end - rejected)
         if result.draft_token_ids:
             request.spec_token_ids = result.draft_token_ids.get(request_id, [])
         return request.report(kept, logprobs=result.logprobs.get(request_id))
@@ -355,7 +398,7 @@ class Scheduler:
         pool = self.kv.pool
         lines = [
             f"scheduler at step {self._num_steps}: {len(self.running)} running, {len(self.waiting)} waiting, "
-            f"{len(self._in_flight)} in flight, {pool.num_free_blocks} of {len(pool.blocks) - 1} "
+            f"{sum(len(step.requests) for step in self._in_flight)} in flight, {pool.num_free_blocks} of {len(pool.blocks) - 1} "
             f"blocks of {self.kv.block_size} tokens free, {len(pool.cached)} cached"
         ]
         for name, queue in (("running", self.running), ("waiting", self.waiting)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import psutil
 import torch
@@ -29,7 +30,7 @@ WARM_TOKENS = 16
 
 
 class GPUWorker:
-    """A worker process's part: `load_model`, `available_kv_bytes`, `initialize_cache`, `warm_up`, `execute_model`."""
+    """A worker process's part: `load_model`, `available_kv_bytes`, `initialize_cache`, `warm_up`, `launch`."""
 
     def __init__(self, config: EngineConfig, host: PluginHost) -> None:
         host.check(config.plugins.fingerprint)
@@ -145,6 +146,9 @@ class GPUWorker:
         while 0 < length <= limit:
             self._run_dummy(length, 1)
             length = 2 * length if self.device.type == "cuda" else limit + 1
+        if not self.config.device.enforce_eager:
+            assert self.runner is not None
+            self.runner.capture_graphs()
         self.expert_counts(reset=True)  # what ran until now was nobody's request
 
     def expert_counts(self, reset: bool) -> list[ExpertCounts]:
@@ -184,5 +188,9 @@ class GPUWorker:
                                        finished_request_ids=ids))
 
     def execute_model(self, plan: Plan) -> Result:
+        return self.launch(plan)()
+
+    def launch(self, plan: Plan) -> Callable[[], Result]:
+        """Start a step; what is returned waits for its result. The next may be started before that is called."""
         assert self.runner is not None, "initialize_cache comes first"
-        return self.runner.execute_model(plan)
+        return self.runner.launch(plan)

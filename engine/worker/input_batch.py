@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..plan import BlockIds, NewRequest
+from .step_buffers import StepInputs
 
 
 @dataclass(kw_only=True, eq=False)
@@ -30,28 +30,29 @@ class CachedRequestState:
             mine.extend(new)
 
 
-@dataclass(kw_only=True)
-class HostBuffer:
-    """A host array and its device twin of the same shape. On CPU they are one memory; on CUDA the host is pinned."""
+class BlockTable:
+    """Block numbers by row, on both sides: `host` is written row by row, and sent when it was.
 
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    torch_device: torch.device
-    host: np.ndarray = field(init=False)
-    device: Tensor = field(init=False)
-    _pinned: Tensor = field(init=False)
+    `host`: [max_rows, max_blocks] int32, pinned on CUDA; `device`: its twin, on CPU the same memory.
+    """
 
-    def __post_init__(self) -> None:
-        cuda = self.torch_device.type == "cuda"
-        self._pinned = torch.zeros(self.shape, dtype=self.dtype, pin_memory=cuda)
+    def __init__(self, *, max_rows: int, max_blocks: int, device: torch.device) -> None:
+        cuda = device.type == "cuda"
+        self._pinned = torch.zeros(max_rows, max_blocks, dtype=torch.int32, pin_memory=cuda)
         self.host = self._pinned.numpy()
-        self.device = torch.zeros(self.shape, dtype=self.dtype, device=self.torch_device) if cuda else self._pinned
+        self.device = torch.zeros_like(self._pinned, device=device, pin_memory=False) if cuda else self._pinned
+        self._changed = 0
 
-    def push(self, count: int) -> Tensor:
-        """Send the first `count` rows and return them on the device."""
-        if self.device is not self._pinned:
-            self.device[:count].copy_(self._pinned[:count], non_blocking=True)
-        return self.device[:count]
+    def write(self, row: int, start: int, blocks: list[int]) -> None:
+        if blocks:
+            self.host[row, start : start + len(blocks)] = blocks
+            self._changed = max(self._changed, row + 1)
+
+    def push(self) -> None:
+        """Send the rows up to the last that changed."""
+        if self._changed and self.device is not self._pinned:
+            self.device[: self._changed].copy_(self._pinned[: self._changed], non_blocking=True)
+        self._changed = 0
 
 
 class InputBatch:
@@ -71,12 +72,7 @@ class InputBatch:
         self.num_computed = np.zeros(max_rows, np.int32)
         self.num_scheduled = np.zeros(max_rows, np.int32)
         max_blocks = (max_len + block_size - 1) // block_size
-        self.block_table = HostBuffer(shape=(max_rows, max_blocks), dtype=torch.int32, torch_device=device)
-        self.ids = HostBuffer(shape=(max_tokens,), dtype=torch.int64, torch_device=device)
-        self.positions = HostBuffer(shape=(max_tokens,), dtype=torch.int64, torch_device=device)
-        self.slots = HostBuffer(shape=(max_tokens,), dtype=torch.int64, torch_device=device)
-        self.query_start = HostBuffer(shape=(max_rows + 1,), dtype=torch.int32, torch_device=device)
-        self.seq_lens = HostBuffer(shape=(max_rows,), dtype=torch.int32, torch_device=device)
+        self.block_table = BlockTable(max_rows=max_rows, max_blocks=max_blocks, device=device)
         self._arange = np.arange(max_tokens)
 
     @property
@@ -92,7 +88,7 @@ class InputBatch:
         self.token_ids[row, :tokens] = state.token_ids
         self.num_tokens[row] = tokens
         self.num_prompt[row] = state.request.num_prompt_tokens
-        self._write_blocks(row, 0, state.block_ids[0])
+        self.block_table.write(row, 0, state.block_ids[0])
         return row
 
     def remove(self, state: CachedRequestState) -> tuple[int, int]:
@@ -108,7 +104,7 @@ class InputBatch:
             self.token_ids[hole, :used] = self.token_ids[last, :used]
             for column in (self.num_tokens, self.num_prompt, self.num_computed, self.num_scheduled):
                 column[hole] = column[last]
-            self._write_blocks(hole, 0, moved.block_ids[0])
+            self.block_table.write(hole, 0, moved.block_ids[0])
         return hole, last
 
     def append_blocks(self, state: CachedRequestState, blocks: BlockIds) -> None:
@@ -116,36 +112,41 @@ class InputBatch:
         held = len(state.block_ids[0])
         state.append_blocks(blocks)
         if state.row is not None:
-            self._write_blocks(state.row, held, blocks[0])
+            self.block_table.write(state.row, held, blocks[0])
+
+    def expect_tokens(self, rows: np.ndarray) -> None:
+        """A token is being sampled for each of `rows` [S]: until it is known, -1 - i stands for the i-th of them."""
+        self.token_ids[rows, self.num_tokens[rows]] = -1 - np.arange(len(rows), dtype=np.int32)
+        self.num_tokens[rows] += 1
 
     def append_token(self, state: CachedRequestState, token: int) -> None:
-        """A token was sampled for a request in the batch."""
-        row = state.row
-        assert row is not None
+        """The token that was expected for a request, which may have left the batch since."""
+        if state.row is not None:
+            self.token_ids[state.row, len(state.token_ids)] = token
         state.token_ids.append(token)
-        self.token_ids[row, self.num_tokens[row]] = token
-        self.num_tokens[row] += 1
 
-    def _write_blocks(self, row: int, start: int, blocks: list[int]) -> None:
-        if blocks:
-            self.block_table.host[row, start : start + len(blocks)] = blocks
+    def fill(self, inputs: StepInputs, sampling: np.ndarray) -> None:
+        """Write a step of `num_scheduled` tokens a row from `num_computed` on; rows `sampling` [S] reach their last.
 
-    def prepare(self) -> tuple[np.ndarray, np.ndarray]:
-        """Fill what a step sends to the device, for `num_scheduled` tokens a row from `num_computed` on.
-
-        Returns (query_lens [R], ends [R]): each row's new tokens and where they end in the flat batch.
+        `inputs` laid out for more tokens and rows, one token each, is a step padded to a captured one: what is beyond
+        the batch computes nothing and writes to the null block.
         """
-        rows = self.num_rows
-        query_lens = self.num_scheduled[:rows]
+        rows, query_lens = self.num_rows, self.num_scheduled[: self.num_rows]
         ends = np.cumsum(query_lens)
         total = int(ends[-1])
         of_row = np.repeat(np.arange(rows), query_lens)
-        positions = self.positions.host[:total]
+        positions = inputs.positions.host[:total]
         np.subtract(self._arange[:total], np.repeat(ends - query_lens - self.num_computed[:rows], query_lens),
                     out=positions)
-        self.ids.host[:total] = self.token_ids[of_row, positions]
+        inputs.ids.host[:total] = self.token_ids[of_row, positions]
         block, offset = np.divmod(positions, self.block_size)
-        self.slots.host[:total] = self.block_table.host[of_row, block] * np.int64(self.block_size) + offset
-        self.query_start.host[1 : rows + 1] = ends
-        self.seq_lens.host[:rows] = self.num_computed[:rows] + query_lens
-        return query_lens, ends
+        inputs.slots.host[:total] = self.block_table.host[of_row, block] * np.int64(self.block_size) + offset
+        inputs.query_start.host[0] = 0
+        inputs.query_start.host[1 : rows + 1] = ends
+        inputs.seq_lens.host[:rows] = self.num_computed[:rows] + query_lens
+        inputs.last.host[: len(sampling)] = ends[sampling] - 1
+        if padding := len(inputs.seq_lens.host) - rows:
+            for mirror in (inputs.ids, inputs.positions, inputs.slots):
+                mirror.host[-padding:] = 0
+            inputs.seq_lens.host[rows:] = 0
+            inputs.query_start.host[rows + 1 :] = np.arange(total + 1, total + padding + 1)

@@ -10,6 +10,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
 import nybble
 from nybble.csrc import build_cache, ops, toolchain
@@ -233,6 +234,17 @@ def test_where_a_library_comes_from(sources_of_libraries, tmp_path):
         assert exported.name == name
     exported.rename(exported.with_name("nybble_plain-sm90a-0123456789abcdef.so"))
     assert "0123456789abcdef.so, of other sources or for another device" in where().refusals["folder"]
+
+
+def test_a_library_is_sought_once_a_process(monkeypatch):
+    """Every layer asks."""
+    sought = []
+    monkeypatch.setattr(ops, "resolve", lambda library, arch: sought.append(library.name) or ops.Resolution(
+        source=None, path=None, refusals={"jit": "no nvcc"}))
+    ops._missing.cache_clear()
+    reasons = {ops.op_missing(op, torch.device("cuda")) for op in (*PLAIN.ops, *PLAIN.ops)}
+    ops._missing.cache_clear()
+    assert reasons == {"jit: no nvcc"} and sought == [PLAIN.name]
 
 
 def test_an_op_that_is_nobodys():

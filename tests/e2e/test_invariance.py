@@ -83,6 +83,10 @@ SETTINGS = {
     "pool too small for all": {"num_gpu_blocks_override": 16},
     "pool for barely one": {"num_gpu_blocks_override": 8, "max_model_len": 112},
     "own process": {"engine_process": True},
+    "a step ahead": {"async_scheduling": True},
+    "a step ahead, in chunks": {"async_scheduling": True, "max_num_batched_tokens": 16, "max_num_seqs": 12},
+    "a step ahead, pool too small": {"async_scheduling": True, "num_gpu_blocks_override": 16},
+    "a step ahead, own process": {"async_scheduling": True, "engine_process": True},
 }
 
 
@@ -103,20 +107,22 @@ def test_cached_is_cold(model, params, alone):
         assert all(o.num_cached_tokens == 0 for o in llm.generate(PROMPTS[:1], GREEDY, use_tqdm=False))
 
 
+@pytest.mark.parametrize("ahead", [False, True], ids=["plain", "ahead"])
 @pytest.mark.parametrize("prefix_cache", [True, False])
-def test_preempted_is_not(model, params, alone, monkeypatch, prefix_cache):
+def test_preempted_is_not(model, params, alone, monkeypatch, prefix_cache, ahead):
     monkeypatch.setenv("NYBBLE_TEST_FORCE_PREEMPT", "0.5")
     monkeypatch.setenv("NYBBLE_STRICT_KV", "1")
-    with engine(model, enable_prefix_caching=prefix_cache, max_num_batched_tokens=48, max_num_seqs=8) as llm:
-        preempted = 0
-        add = llm.llm_engine.client.core.executor.execute_model
+    with engine(model, enable_prefix_caching=prefix_cache, max_num_batched_tokens=48, max_num_seqs=8,
+                async_scheduling=ahead) as llm:
+        preempted, how = 0, "launch" if ahead else "execute_model"
+        add = getattr(llm.llm_engine.client.core.executor, how)
 
         def counting(plan):
             nonlocal preempted
             preempted += llm.llm_engine.client.core.scheduler.stats.num_preempted
             return add(plan)
 
-        monkeypatch.setattr(llm.llm_engine.client.core.executor, "execute_model", counting)
+        monkeypatch.setattr(llm.llm_engine.client.core.executor, how, counting)
         assert run(llm, params) == alone
         assert preempted > 10
 

@@ -115,7 +115,7 @@ def test_the_highest_layer_wins_field_by_field(
         ({"max_modle_len": "1"}, {}, "", "unknown flag --max-modle-len.*did you mean --max-model-len"),
         ({}, {"NYBBLE_MAX_MODLE_LEN": "1"}, "", "NYBBLE_MAX_MODLE_LEN.*did you mean NYBBLE_MAX_MODEL_LEN"),
         ({}, {}, "max-modle-len: 1", "unknown key max-modle-len in c.yaml.*did you mean max-model-len"),
-        ({}, {}, "zzz: 1", "unknown key zzz in c.yaml.*known: attention-backend, "),
+        ({}, {}, "zzz: 1", "unknown key zzz in c.yaml.*known: async-scheduling, attention-backend, "),
         ({}, {}, "seed: 1\nmax-model-len: 1\nmax_model_len: 2", "c.yaml sets max_model_len twice"),
         ({}, {}, "- seed", "must map settings to values"),
         ({}, {}, "1: 2", "must map settings to values"),
@@ -268,7 +268,7 @@ def test_refusals(
     ("args", "words"),
     [
         ({"load_format": "safetensor"}, "loader.*'safetensor'.*did you mean safetensors"),
-        ({"attention_backend": "flash"}, "attention backend.*'flash'"),
+        ({"attention_backend": "flush"}, "attention backend.*'flush'"),
         ({"distributed_executor_backend": "uniprog"}, "'uniprog'.*uniproc"),
         ({"logits_processors": ["nope"]}, "logits processor.*'nope'"),
         ({"quantization": "nope"}, "quant.*'nope'"),

@@ -25,6 +25,8 @@ TOKEN = Activation(dtype="fp8_e4m3", scale="token")
 SCHEMES = {
     "plain": None,
     "w4": Scheme(code="uint", bits=4, group=32, zero_point=True),
+    "w4-128": Scheme(code="uint", bits=4, group=128, zero_point=True),
+    "w4-whole": Scheme(code="uint", bits=4, group=None),
     "w4-order": Scheme(code="uint", bits=4, group=64, act_order=True),
     "w3": Scheme(code="uint", bits=3, group=64),
     "w2": Scheme(code="uint", bits=2, group=64, zero_point=True),

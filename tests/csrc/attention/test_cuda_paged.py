@@ -123,6 +123,14 @@ def test_small_batches(lengths, version):
 
 
 @pytest.mark.gpu
+def test_no_request():
+    q, cache, table, lengths, _ = Case().make()
+    q, none = q[:0], torch.empty(0, *q.shape[1:], dtype=q.dtype, device=DEVICE)
+    paged_attention_v1(none, q, cache, table[:0], lengths[:0], scale=1.0)
+    paged_attention_v2(none, Workspace.of(0, *q.shape[1:], 2000, DEVICE), q, cache, table[:0], lengths[:0], scale=1.0)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_captured_step_follows_its_inputs(version):
     """What a graph replays reads the lengths and blocks of the moment, not of the capture."""
@@ -183,7 +191,7 @@ SHAPE = dict(device=DEVICE, dtype=torch.float16, cache_dtype=torch.float16, head
 def test_refusals(monkeypatch, change, reason):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(ops, "resolve", lambda library, arch: ops.Resolution(source="jit", path=None, refusals={}))
+    monkeypatch.setattr(ops, "_missing", lambda library, arch: None)
     assert paged_attention_missing(**{**SHAPE, **change}) == reason
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
     if reason is None:

@@ -105,7 +105,7 @@ def library():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("m", [0, 1, 15, 16, 17, 64, 65, 128, 129, 4100])
+@pytest.mark.parametrize("m", [0, 1, 8, 9, 15, 16, 17, 32, 33, 64, 65, 128, 129, 4100])
 @pytest.mark.parametrize("n, k", [(8, 16), (200, 1408), (264, 4096)])
 @pytest.mark.parametrize("tensor, activation", [(False, TOKEN), (True, STATIC)], ids=["channel-token", "tensor-static"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])

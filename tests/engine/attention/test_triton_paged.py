@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nybble import LLM, SamplingParams
-from nybble.csrc.attention import write_kv, write_rows
+from nybble.csrc.attention import latent_and_cache_reference, rope_and_cache_reference, write_kv, write_rows
 from nybble.engine.attention.base import AttentionProblem
 from nybble.engine.attention.triton_paged import TritonAttentionBackend
 
@@ -49,7 +49,10 @@ def generate(model, backend, **settings):
     ("DeepseekV2", MLA, {})], ids=["llama", "pages of 64", "window", "latent"])
 def test_chunks_prefixes_and_decoding(arch, config, settings, cache, make_checkpoint, monkeypatch):
     if cache == "fp8":  # the interpreter rounds to FP8 wrongly
-        monkeypatch.setattr("nybble.engine.attention.triton_paged.store_kv", store)
+        here = "nybble.engine.attention.triton_paged"
+        for name, plain in (("store_kv", store), ("rope_and_cache", rope_and_cache_reference),
+                            ("latent_and_cache", latent_and_cache_reference)):
+            monkeypatch.setattr(f"{here}.{name}", plain)
     model = make_checkpoint(arch, **config)
     settings = {**settings, "kv_cache_dtype": cache}
     wanted, logprobs = generate(model, "torch", **settings)

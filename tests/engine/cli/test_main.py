@@ -130,4 +130,4 @@ def test_a_plugin_adds_a_command(nybble: Run, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "greeting", SimpleNamespace(main=lambda argv: len(argv)))  # type: ignore[misc]
     assert nybble("greet", "a", "--b")[0] == 2
     assert nybble("greet", "--traceback", "a", "--", "--traceback")[0] == 3
-    assert "known: bench, chat, completion, config, env, experts, generate, greet" in nybble("unheard")[2]
+    assert "known: bench, chat, completion, config, demo, env, eval, experts, generate, greet" in nybble("unheard")[2]

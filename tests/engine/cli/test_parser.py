@@ -71,8 +71,8 @@ def test_names_of_vllm_are_accepted(parser: Parser) -> None:
     [
         (("--max-modle-len", "1"), "unknown flag --max-modle-len.*did you mean --max-model-len"),
         (("--max-model", "1"), "unknown flag --max-model\n.*did you mean --max-model-len"),
-        (("--enforce-eager",), "unknown flag --enforce-eager"),
-        (("--kv-cache-dtype", "fp8"), "unknown flag --kv-cache-dtype"),
+        (("--enforce-eagr",), "unknown flag --enforce-eagr"),
+        (("--kv-cache-dtype", "fp4"), "--kv-cache-dtype"),
         (("--enable-expert-parallel",), "unknown flag --enable-expert-parallel"),
         (("--zzzz=1",), "unknown flag --zzzz\n.*--help=all"),
         (("a", "b"), "unexpected argument 'b'"),

@@ -167,7 +167,7 @@ class KVCacheMachine(RuleBasedStateMachine):
         if gained is None:
             return
         request.num_computed_tokens = planned  # drafts included: what is cached must not be
-        self.kv.cache_blocks(request)
+        self.kv.cache_blocks(request, request.num_computed_tokens)
         if self.caching:
             self.model.cache(request)
         request.num_computed_tokens = end
@@ -210,7 +210,7 @@ def compute(kv: KVCacheManager, request: Request) -> int:
     hits = kv.get_computed_blocks(request)
     assert kv.allocate_slots(request, request.num_tokens, computed=hits) is not None
     request.num_computed_tokens = request.num_tokens
-    kv.cache_blocks(request)
+    kv.cache_blocks(request, request.num_computed_tokens)
     return len(hits[0]) * kv.block_size
 
 
@@ -291,7 +291,7 @@ def test_a_block_that_two_requests_computed_is_cached_once():
         assert kv.allocate_slots(twin, 3, computed=kv.get_computed_blocks(twin)) is not None
     for twin in twins:
         twin.num_computed_tokens = 3
-        kv.cache_blocks(twin)
+        kv.cache_blocks(twin, twin.num_computed_tokens)
     assert len(kv.pool.cached) == 1
     assert len(kv.get_computed_blocks(make_request("c", [1, 2, 3]))[0]) == 1
     kv.check(twins)

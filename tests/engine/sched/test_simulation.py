@@ -120,6 +120,7 @@ class FakeWorker:
             return
         if request_id in self.poisoned:
             result.errors[request_id] = "NaN"
+            r.tokens.append(0)  # a step that is planned already goes on from garbage
             return
         sampled = []
         for draft in [*drafts, None]:
@@ -188,6 +189,7 @@ class World:
         caching: bool,
         force_preempt: float,
         drafts: int,
+        ahead: bool,
     ) -> None:
         layout = KVCacheLayout(
             num_blocks=1 + max(blocks, groups * -(-4 // size)), block_size=size,
@@ -200,7 +202,9 @@ class World:
             layout=layout, force_preempt=force_preempt, strict_kv=True, clock=lambda: 1.0,
         )  # fmt: skip
         self.strictly_fcfs = self.config.scheduling_policy == "fcfs" and not force_preempt
-        self.worker = FakeWorker(layout, drafts)
+        self.worker = FakeWorker(layout, 0 if ahead else drafts)
+        self.ahead = ahead
+        self.running: tuple[Plan, Result] | None = None  # what the device works on, with `ahead`
         self.clients: dict[str, Client] = {}
         self.past: list[Client] = []
         self.seen: Counter[str] = Counter()
@@ -231,37 +235,54 @@ class World:
     def step(self, aborts: Iterable[int] = (), reuse: dict | None = None) -> None:
         """One step; `aborts` come while it is in flight, and other requests, `reuse`, then take their ids."""
         scheduler, config = self.scheduler, self.config
-        alive, first = scheduler.has_unfinished(), scheduler.running[:1]
+        alive, first, running = scheduler.has_unfinished(), scheduler.running[:1], self.running
+        if running is not None and not (scheduler.can_run_ahead and scheduler.has_work()):
+            self.running = None
+            self.aborted_in_flight(aborts, reuse)
+            return self.take_in(*running)
         plan = scheduler.schedule()
-        assert bool(plan.request_ids) == alive, "a step with live requests computed nothing"
-        assert plan.request_ids[: len(first)] == [r.request_id for r in first], "the first did not advance"
+        if running is None:
+            assert bool(plan.request_ids) == alive, "a step with live requests computed nothing"
+            assert plan.request_ids[: len(first)] == [r.request_id for r in first], "the first did not advance"
         assert plan.total_tokens <= config.max_num_batched_tokens
         assert len(plan.request_ids) <= len(scheduler.running) <= config.max_num_seqs
         if config.enable_chunked_prefill and config.long_prefill_token_threshold:
             assert max(plan.num_tokens, default=0) <= config.long_prefill_token_threshold
         self.seen.update(steps=1, preempted=scheduler.stats.num_preempted, hits=scheduler.stats.prefix_hits)
         result = self.worker.execute(plan)
+        self.aborted_in_flight(aborts, reuse)
+        if self.ahead:
+            self.seen.update(ahead=running is not None and bool(plan.request_ids))
+            self.running = plan, result
+            return self.take_in(*running) if running is not None else None
+        self.take_in(plan, result)
+
+    def aborted_in_flight(self, aborts: Iterable[int], reuse: dict | None) -> None:
         for request_id in self.abort(aborts):
             if reuse is not None:
                 self.past.append(self.clients.pop(request_id))
                 self.add(reuse, request_id=request_id)
-        for output in scheduler.update(plan, result):
+
+    def take_in(self, plan: Plan, result: Result) -> None:
+        for output in self.scheduler.update(plan, result):
             assert not self.clients[output.request_id].finished
             self.clients[output.request_id].outputs.append(output)
             self.seen.update([output.finish_reason, *["several tokens"] * (len(output.new_token_ids) > 1)])
-        assert self.worker.held.keys() >= {r.request_id for r in scheduler.running}
-        assert len(scheduler.requests) == sum(not client.finished for client in self.clients.values())
+        assert self.worker.held.keys() >= {r.request_id for r in self.scheduler.running}
+        assert len(self.scheduler.requests) == sum(not client.finished for client in self.clients.values())
 
     def drain(self) -> None:
         """Run what is left to its end, within a bound, and check what everyone got."""
         live = list(self.scheduler.requests.values())
         # First come, first served: each step brings the oldest request at least one token nearer to its end.
-        bound = sum(r.max_num_tokens for r in live) * (1 if self.strictly_fcfs else 10 + len(live))
+        # With a step ahead one is planned in vain at most for each of them.
+        bound = sum(r.max_num_tokens + 2 * self.ahead for r in live) * (1 if self.strictly_fcfs else 10 + len(live))
+        bound *= 1 + self.ahead
         while self.scheduler.has_unfinished() and bound:
             self.step()
             bound -= 1
         assert not self.scheduler.has_unfinished(), f"starved\n{self.scheduler.dump()}"
-        while self.scheduler.has_work():
+        while self.scheduler.has_work() or self.running:
             self.step()
         assert not self.worker.held
         assert self.scheduler.kv.usage == 0.0
@@ -281,12 +302,14 @@ CONFIGS = {
 WORLDS = {
     "blocks": [1, 6, 12, 16, 24], "size": [1, 2, 3, 4], "groups": [1, 1, 2], "caching": [True, False],
     "force_preempt": [0.0, 0.0, 0.3, 1.0], "drafts": [0, 0, 2],
+    "ahead": [False, True],
 }  # fmt: skip
 PARAMS = {
     "ignore_eos": [True, False],
     "min_tokens": [0, 0, 3],
     "prompt_logprobs": [None, None, 0],
     "logprobs": [0],
+    "presence_penalty": [0.0, 0.0, 0.0, 1.0],
 }
 REQUESTS = {
     "prompt_token_ids": [
@@ -377,4 +400,5 @@ def test_crowded_worlds():
         if not world.scheduler._force_preempt:
             seen["preempted for room"] += world.seen["preempted"]
         seen += world.seen
-    assert all(seen[name] > 50 for name in ("preempted for room", "hits", "several tokens", "stop", "error")), seen
+    often = ("preempted for room", "hits", "several tokens", "stop", "error", "ahead")
+    assert all(seen[name] > 50 for name in often), seen

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from nybble.engine.plan import NewRequest
 from nybble.engine.request import SamplingParams
 from nybble.engine.worker.input_batch import CachedRequestState, InputBatch
+from nybble.engine.worker.step_buffers import StepBuffers
 
 BLOCK, ROWS, LENGTH = 4, 5, 40
 
@@ -33,8 +34,7 @@ def expected(state: CachedRequestState, computed: int, count: int):
 def test_batch_follows_every_change(data):
     batch = InputBatch(max_rows=ROWS, max_len=LENGTH, max_tokens=ROWS * LENGTH, block_size=BLOCK,
                        device=torch.device("cpu"))
-    buffers = (batch.ids, batch.positions, batch.slots, batch.block_table)
-    addresses = [buffer.device.data_ptr() for buffer in buffers]
+    buffers = StepBuffers(max_tokens=ROWS * LENGTH, max_rows=ROWS, device=torch.device("cpu"))
     live: list[CachedRequestState] = []
     next_block, names = 1, 0
     for _ in range(data.draw(st.integers(1, 12), "steps")):
@@ -53,6 +53,8 @@ def test_batch_follows_every_change(data):
                 if len(state.token_ids) == len(state.block_ids[0]) * BLOCK:
                     batch.append_blocks(state, ([next_block],))
                     next_block += 1
+                batch.expect_tokens(np.array([state.row]))
+                assert batch.token_ids[state.row, len(state.token_ids)] == -1
                 batch.append_token(state, data.draw(st.integers(0, 99), "token"))
         if not live:
             continue
@@ -62,14 +64,25 @@ def test_batch_follows_every_change(data):
             count = data.draw(st.integers(1, len(state.token_ids) - computed), "count")
             batch.num_computed[state.row], batch.num_scheduled[state.row] = computed, count
             want[state.row] = expected(state, computed, count)
-        query_lens, ends = batch.prepare()
-        assert sorted(want) == list(range(len(live))) == list(range(batch.num_rows))
-        assert ends.tolist() == np.cumsum(query_lens).tolist()
+        rows, counts = batch.num_rows, batch.num_scheduled[: batch.num_rows]
+        assert sorted(want) == list(range(len(live))) == list(range(rows))
+        padding = data.draw(st.integers(0, ROWS - rows), "padding") if (counts == 1).all() else 0
+        total = int(counts.sum())
+        sampling = np.flatnonzero(batch.num_computed[:rows] + counts == batch.num_tokens[:rows])
+        inputs = buffers.lay_out(total + padding, rows + padding)
+        batch.fill(inputs, sampling)
+        buffers.push(inputs)
+        ends = np.cumsum(counts)
+        assert inputs.query_start.device.tolist() == [0, *ends, *range(total + 1, total + padding + 1)]
+        assert inputs.seq_lens.device.tolist() == [*(batch.num_computed[:rows] + counts), *[0] * padding]
+        assert inputs.last.device[: len(sampling)].tolist() == (ends[sampling] - 1).tolist()
         for column, name in enumerate(("ids", "positions", "slots")):
-            flat = [value for row in range(batch.num_rows) for value in want[row][column]]
-            assert getattr(batch, name).push(int(ends[-1])).tolist() == flat, name
+            flat = [value for row in range(rows) for value in want[row][column]]
+            assert getattr(inputs, name).device.tolist() == flat + [0] * padding, name
+        again = buffers.lay_out(total + padding, rows + padding)
+        assert [m.device.data_ptr() for m in again[:-1]] == [m.device.data_ptr() for m in inputs[:-1]]
+        batch.block_table.push()
         for state in live:
             row, held = state.row, state.block_ids[0]
             assert batch.block_table.device[row, : len(held)].tolist() == held
             assert batch.token_ids[row, : batch.num_tokens[row]].tolist() == state.token_ids
-    assert addresses == [buffer.device.data_ptr() for buffer in buffers]

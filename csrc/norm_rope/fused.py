@@ -1,0 +1,99 @@
+"""RMSNorm and gated SiLU in one launch, with the residual's sum before and the consumer's rounding behind."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..quantize import GROUPS_AT_ONCE, Quantized, Rounding, code_settings, empty_codes
+
+# Values of one program of a SiLU whose output is not rounded: it need not see a whole row.
+SILU_BLOCK = 1024
+
+
+def fused_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None,
+                   rounding: Rounding | None = None) -> tuple[Tensor | Quantized, Tensor]:
+    """`rms_norm` by Triton, any rows of contiguous values; with `rounding` what `quantize` makes of its result.
+
+    Returns:
+        (normed, sum): normed is [..., D], or Quantized with codes [T, D]; the sum is x itself without a residual.
+    """
+    from .triton_norm import rms_norm_kernel
+
+    width = x.shape[-1]
+    rows = _rows(x)
+    add = rows if residual is None else _rows(residual)
+    total = x if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    shape = _Tile.of(width, None if rounding is None else rounding.activation.group)
+    out, scales = _outputs(rows, width, rounding)
+    if len(rows):
+        rms_norm_kernel[(len(rows),)](
+            rows, add, weight, total, out, scales, _static(rounding, scales), width, scales.shape[-1], rows.stride(0),
+            add.stride(0), eps, HAS_RESIDUAL=residual is not None, QUANTIZE=rounding is not None, ROWS=shape.groups,
+            BLOCK=shape.block, GROUP=shape.group, num_warps=_warps(shape.groups * shape.block),
+            **code_settings(None if rounding is None else rounding.activation))
+    return out.view(x.shape) if rounding is None else Quantized(codes=out, scales=scales, dtype=x.dtype), total
+
+
+def fused_silu_mul(x: Tensor, rounding: Rounding | None = None) -> Tensor | Quantized:
+    """`silu_mul` of x [T, 2 D] by Triton; with `rounding` what `quantize` makes of its result."""
+    from .triton_norm import silu_mul_kernel
+
+    width, rows = x.shape[-1] // 2, _rows(x)
+    out, scales = _outputs(rows, width, rounding)
+    if rounding is None:
+        shape = _Tile(groups=1, block=min(SILU_BLOCK, _pow2(width)), group=min(SILU_BLOCK, _pow2(width)))
+    else:
+        shape = _Tile.of(width, rounding.activation.group)
+        shape = shape._replace(groups=min(shape.groups, GROUPS_AT_ONCE))
+    if len(rows):
+        silu_mul_kernel[(len(rows), -(-width // (shape.groups * shape.group)))](
+            rows, out, scales, _static(rounding, scales), width, scales.shape[-1], rows.stride(0),
+            QUANTIZE=rounding is not None, ROWS=shape.groups, BLOCK=shape.block, GROUP=shape.group,
+            num_warps=_warps(shape.groups * shape.block),
+            **code_settings(None if rounding is None else rounding.activation))
+    if rounding is None:
+        return out.view(*x.shape[:-1], width)
+    return Quantized(codes=out, scales=scales, dtype=x.dtype)
+
+
+class _Tile(NamedTuple):
+    """A row as `groups` runs of `group` values, padded to `block`; both powers of two."""
+
+    groups: int
+    block: int
+    group: int
+
+    @classmethod
+    def of(cls, width: int, group: int | None) -> _Tile:
+        group = group or width
+        return cls(groups=_pow2(-(-width // group)), block=_pow2(group), group=group)
+
+
+def _outputs(rows: Tensor, width: int, rounding: Rounding | None) -> tuple[Tensor, Tensor]:
+    """What a row is written to: values, or codes and their scales."""
+    if rounding is None:
+        out = rows.new_empty(len(rows), width)
+        return out, out
+    return empty_codes(len(rows), width, rounding.activation, rows.device)
+
+
+def _static(rounding: Rounding | None, other: Tensor) -> Tensor:
+    """The static scale, or any tensor where there is none."""
+    return other if rounding is None or rounding.static_scale is None else rounding.static_scale
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x as [T, D] whose rows are contiguous, copied only where they are not."""
+    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def _pow2(value: int) -> int:
+    return 1 << (value - 1).bit_length()
+
+
+def _warps(block: int) -> int:
+    return min(32, max(1, block // 256))
