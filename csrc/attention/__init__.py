@@ -11,7 +11,7 @@ from .mla_reference import (
     project_values,
     write_rows,
 )
-from .paged import AttentionTile, Ragged, attend_latent, attend_paged, attend_plain, merge_counters
+from .paged import AttentionTile, Ragged, attend_latent, attend_paged, attend_plain
 from .reference import attend, causal_mask, gather_kv, write_kv
 
 __all__ = [
@@ -31,7 +31,6 @@ __all__ = [
     "gather_rows",
     "latent_and_cache",
     "latent_and_cache_reference",
-    "merge_counters",
     "project_values",
     "rope_and_cache",
     "rope_and_cache_reference",

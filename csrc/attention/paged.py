@@ -17,8 +17,6 @@ WAVES = 2
 MAX_SPLITS = 64
 # Fewest keys of a split: below it, writing the parts costs more than a split gains in reading keys.
 MIN_SHARE = 128
-# Most rows that the last program of a tile merges: one after another, they would take longer than a launch.
-MAX_MERGED = 8
 # Values of one program of the merge, by head width.
 MERGE_WIDTH = 64
 # Shared memory of a multiprocessor that no program can have, in bytes.
@@ -65,14 +63,13 @@ LATENT = (AttentionTile(m=16, n=64, warps=8, stages=3), AttentionTile(m=32, n=64
 
 def attend_paged(q: Tensor, cache: Tensor, batch: Ragged, *, scale: float, window: int | None = None,
                  k_scale: float = 1.0, v_scale: float = 1.0, splits: int | None = None,
-                 tile: AttentionTile | None = None, counters: Tensor | None = None) -> Tensor:
+                 tile: AttentionTile | None = None) -> Tensor:
     """Causal attention over the paged cache; whatever q's rows attend to is already stored.
 
     Args:
         q: [T, heads, D] of 16 or 32 bits, any strides but the last. cache: [2, num_blocks, block_size, kv_heads, D] in
             q's dtype, or float8_e4m3fn, whose values stand for themselves times `k_scale` and `v_scale`.
         window: a query sees that many keys, itself included. splits, tile: None takes what suits the batch.
-        counters: `merge_counters`, with which splits of one query a request are merged in the same launch.
     Returns:
         [T, heads, D].
     """
@@ -80,12 +77,7 @@ def attend_paged(q: Tensor, cache: Tensor, batch: Ragged, *, scale: float, windo
     k, v = cache.flatten(1, 2)
     return _launch(q[..., :main], q[..., main:], k[..., :main], k[..., main:], v, batch, group=group,
                    page=cache.shape[2], key_start=None, qk_scale=scale * k_scale, v_scale=v_scale, window=window,
-                   splits=splits, tile=tile, counters=counters)
-
-
-def merge_counters(device: torch.device) -> Tensor:
-    """For `attend_paged`: zeros, left as zeros, enough for what it splits; calls on them must not overlap."""
-    return torch.zeros(WAVES * multiprocessors(device), dtype=torch.int32, device=device)
+                   splits=splits, tile=tile)
 
 
 def attend_plain(q: Tensor, q_pe: Tensor, k: Tensor, k_pe: Tensor, v: Tensor, batch: Ragged, key_start: Tensor, *,
@@ -206,7 +198,7 @@ def _plan(tokens: int, kv_heads: int, batch: Ragged, block_q: int, page: int, sp
 
 def _launch(q: Tensor, q_tail: Tensor, k: Tensor, k_tail: Tensor, v: Tensor, batch: Ragged, *, group: int, page: int,
             key_start: Tensor | None, qk_scale: float, v_scale: float, window: int | None, splits: int | None,
-            tile: AttentionTile | None, counters: Tensor | None = None) -> Tensor:
+            tile: AttentionTile | None) -> Tensor:
     """q [T, heads, D] and its tail [T, heads, D_TAIL] over k, k_tail and v [slots, heads or 1, width]."""
     from .triton_paged import attention_kernel
 
@@ -220,20 +212,18 @@ def _launch(q: Tensor, q_tail: Tensor, k: Tensor, k_tail: Tensor, v: Tensor, bat
     tile = replace(tile, m=max(tile.m, _pow2(group)))
     plan = _plan(tokens, heads // group, batch, tile.m // group, page, splits, q)
     out, target, lse = plan.outputs(q, width)
-    merge = (counters is not None and plan.splits > 1 and plan.one_query and group <= MAX_MERGED
-             and plan.grid[0] * plan.grid[1] <= len(counters))
     attention_kernel[plan.grid](
-        q, q_tail, k, k_tail, v, target, lse, out, batch.seq_lens if counters is None else counters,
+        q, q_tail, k, k_tail, v, target, lse,
         batch.query_start, batch.seq_lens if key_start is None else key_start, batch.seq_lens, batch.block_table,
         len(batch.seq_lens), heads,
         q.stride(0), q.stride(1), q_tail.stride(0), q_tail.stride(1), *_strides(k), *_strides(k_tail), *_strides(v),
         batch.block_table.stride(0),
         qk_scale * LOG2E, v_scale,
         GROUP=group, D=main, D_TAIL=tail, D_V=width, D_PAD=_padded(main), TAIL_PAD=_padded(tail), V_PAD=_padded(width),
-        PAGE=page, WINDOW=window or 0, ONE_QUERY=plan.one_query, SPLITS=plan.splits, MIN_SHARE=MIN_SHARE, MERGE=merge,
-        SPLITS_PAD=_pow2(plan.splits), UPCAST=_upcast(q), BLOCK_Q=tile.m // group, BLOCK_M=tile.m, BLOCK_N=tile.n,
+        PAGE=page, WINDOW=window or 0, ONE_QUERY=plan.one_query, SPLITS=plan.splits, MIN_SHARE=MIN_SHARE,
+        UPCAST=_upcast(q), BLOCK_Q=tile.m // group, BLOCK_M=tile.m, BLOCK_N=tile.n,
         num_warps=tile.warps, num_stages=tile.stages)
-    return out if merge else plan.merged(out, target, lse)
+    return plan.merged(out, target, lse)
 
 
 def _main_part(width: int) -> int:

@@ -12,7 +12,8 @@ FP8_MAX = tl.constexpr(448.0)
 def _encode(x, scale, dtype: tl.constexpr, FP8: tl.constexpr):
     """x as it is cached: divided by its scale, held inside the range of FP8."""
     if FP8:
-        x = tl.minimum(tl.maximum(x.to(tl.float32) / scale, -FP8_MAX), FP8_MAX)
+        x = x.to(tl.float32) / scale
+        x = tl.where(x == x, tl.minimum(tl.maximum(x, -FP8_MAX), FP8_MAX), x)  # NaN stays NaN
     return x.to(dtype)
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..triton_splits import arrived_last
-
 
 @triton.jit
 def _load(at, inside, d_in, MASKED: tl.constexpr, EVEN: tl.constexpr):
@@ -119,29 +117,15 @@ def _merged(parts_ptr, lse_ptr, row, d, D_V: tl.constexpr, SPLITS: tl.constexpr,
 
 
 @triton.jit
-def _merge_if_last(
-    merged_ptr, parts_ptr, lse_ptr, counter_ptr, first_row, GROUP: tl.constexpr, D_V: tl.constexpr,
-    V_PAD: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr,
-):
-    """Merge the GROUP rows of a tile if all of its SPLITS programs have stored theirs."""
-    if arrived_last(counter_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), SPLITS):
-        d = tl.arange(0, V_PAD)
-        for i in tl.static_range(GROUP):
-            row = first_row.to(tl.int64) + i
-            out = _merged(parts_ptr, lse_ptr, row, d, D_V, SPLITS, SPLITS_PAD)
-            tl.store(merged_ptr + row * D_V + d, out.to(merged_ptr.dtype.element_ty), mask=d < D_V)
-
-
-@triton.jit
 def attention_kernel(
-    q_ptr, q_tail_ptr, k_ptr, k_tail_ptr, v_ptr, out_ptr, lse_ptr, merged_ptr, counter_ptr,
+    q_ptr, q_tail_ptr, k_ptr, k_tail_ptr, v_ptr, out_ptr, lse_ptr,
     query_start_ptr, key_start_ptr, seq_len_ptr, table_ptr, requests, heads,
     q_token, q_head, q_tail_token, q_tail_head, k_slot, k_head, k_tail_slot, k_tail_head, v_slot, v_head, table_stride,
     qk_scale, v_scale,
     GROUP: tl.constexpr, D: tl.constexpr, D_TAIL: tl.constexpr, D_V: tl.constexpr,
     D_PAD: tl.constexpr, TAIL_PAD: tl.constexpr, V_PAD: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
-    ONE_QUERY: tl.constexpr, SPLITS: tl.constexpr, MIN_SHARE: tl.constexpr, MERGE: tl.constexpr,
-    SPLITS_PAD: tl.constexpr, UPCAST: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ONE_QUERY: tl.constexpr, SPLITS: tl.constexpr, MIN_SHARE: tl.constexpr,
+    UPCAST: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """Attention of BLOCK_Q queries of one request for the GROUP heads of one KV head, over one split of its keys.
 
@@ -153,8 +137,6 @@ def attention_kernel(
     With SPLITS > 1 out is float32 [T, heads, SPLITS, D_V] and lse [T, heads, SPLITS] the base 2 logarithm of the sum
     of each part, -inf for one with nothing to do, whose out is left as it was. Each split has an equal share of the
     keys that the tile sees, MIN_SHARE at least: what a device computes of seq_len, so that a grid fits every length.
-    With MERGE, for ONE_QUERY, the last of a tile's programs writes merged [T, heads, D_V] of them; counter [tiles, KV
-    heads] holds zeros.
     """
     kv_head, split = tl.program_id(1), tl.program_id(2)
     request, begin, queries, first_query, length = query_tile(query_start_ptr, seq_len_ptr, requests, ONE_QUERY,
@@ -177,9 +159,6 @@ def attention_kernel(
         if first >= last:
             tl.store(lse_ptr + (token * heads + head) * SPLITS + split, tl.zeros((BLOCK_M,), tl.float32) - float("inf"),
                      mask=row_in)
-            if MERGE:
-                _merge_if_last(merged_ptr, out_ptr, lse_ptr, counter_ptr, begin * heads + kv_head * GROUP, GROUP, D_V,
-                               V_PAD, SPLITS, SPLITS_PAD)
             return
 
     d, d_v = tl.arange(0, D_PAD), tl.arange(0, V_PAD)
@@ -225,9 +204,6 @@ def attention_kernel(
              mask=row_in[:, None] & (d_v < D_V)[None, :])
     if SPLITS > 1:
         tl.store(lse_ptr + row, top + tl.log2(total), mask=row_in)
-    if MERGE:
-        _merge_if_last(merged_ptr, out_ptr, lse_ptr, counter_ptr, begin * heads + kv_head * GROUP, GROUP, D_V, V_PAD,
-                       SPLITS, SPLITS_PAD)
 
 
 @triton.jit

@@ -18,13 +18,15 @@ HOPPER = (9, 0)
 # TMA moves rows of 16 bytes: K one-byte codes in, N two-byte values out.
 K_MULTIPLE, N_MULTIPLE = 16, 8
 BY_SHAPE = -1
-FEW_ROWS = 32
+FEW_ROWS = 8
 """Tokens up to which reading the weights is all that takes time, and a kernel made for that is used."""
 
 
 class CutlassFp8Kernel(LinearKernel):
-    """Scales are applied to float32 sums, in the epilogue, with the bias. The tile follows the number of tokens, of which
-    a few have a kernel of their own (csrc/fp8_gemm/few_rows.cu)."""
+    """Scales are applied to float32 sums, in the epilogue, with the bias. The tile follows the number of tokens.
+
+    A few tokens have a kernel of their own (csrc/fp8_gemm/few_rows.cu), where it is built.
+    """
 
     name: ClassVar[str] = "cutlass_fp8"
     priority: ClassVar[int] = 20

@@ -29,7 +29,7 @@ def router_logits(x: Tensor, weight: Tensor) -> Tensor:
     block_t, block_e = BLOCK_FEW if tokens <= FEW_TOKENS else BLOCK_MANY
     if tokens:
         logits_kernel[(-(-tokens // block_t), -(-experts // block_e), splits)](
-            x, weight, out, tokens, experts, hidden, x.stride(0), PER_SPLIT, UPCAST=x.device.type == "cpu",
+            x, weight, out, tokens, experts, hidden, x.stride(0), PER_SPLIT=PER_SPLIT, UPCAST=x.device.type == "cpu",
             BLOCK_T=block_t, BLOCK_E=block_e, BLOCK_H=BLOCK_HIDDEN, num_warps=4, num_stages=4)
     return out
 

@@ -12,10 +12,10 @@ NO_KEY = tl.constexpr(-0x80000000)
 
 @triton.jit
 def logits_kernel(
-    x_ptr, weight_ptr, out_ptr, T, E, H, x_row, per_split,
-    UPCAST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr,
+    x_ptr, weight_ptr, out_ptr, T, E, H, x_row,
+    PER_SPLIT: tl.constexpr, UPCAST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr,
 ):
-    """out [splits, T, E] float32, of which the sum is x [T, H] weight [E, H]^T: `per_split` inputs each.
+    """out [splits, T, E] float32, of which the sum is x [T, H] weight [E, H]^T: PER_SPLIT inputs each.
 
     Products of 16-bit values are exact, so this is float32's result; the order of the sum depends on H alone.
     """
@@ -25,7 +25,7 @@ def logits_kernel(
     x_at = x_ptr + t[:, None].to(tl.int64) * x_row + h[None, :]
     w_at = weight_ptr + e[None, :] * H + h[:, None]
     acc = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
-    for first in range(split * per_split, tl.minimum((split + 1) * per_split, H), BLOCK_H):
+    for first in range(split * PER_SPLIT, tl.minimum((split + 1) * PER_SPLIT, H), BLOCK_H):
         inside = first + h < H
         x = tl.load(x_at + first, mask=(t < T)[:, None] & inside[None, :], other=0.0)
         w = tl.load(w_at + first, mask=(e < E)[None, :] & inside[:, None], other=0.0)
@@ -105,12 +105,12 @@ def _best(
 @triton.jit
 def route_kernel(
     logit_ptr, bias_ptr, weight_ptr, expert_ptr, T, scale,
-    SPLITS: tl.constexpr, E: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, TOP2: tl.constexpr, TOP_K: tl.constexpr,
-    SOFTMAX: tl.constexpr, RENORMALIZE: tl.constexpr, HAS_BIAS: tl.constexpr, TINY: tl.constexpr,
+    SPLITS: tl.constexpr, E: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, TOP2: tl.constexpr,
+    TOP_K: tl.constexpr, SOFTMAX: tl.constexpr, RENORMALIZE: tl.constexpr, HAS_BIAS: tl.constexpr, TINY: tl.constexpr,
     G_PAD: tl.constexpr, S_PAD: tl.constexpr, K_PAD: tl.constexpr,
 ):
-    """Program t: the experts [T, TOP_K] int64 of token t and their weights, from logits [SPLITS, T, E] float32, which are
-    added up in order; see `route`.
+    """Program t: the experts [T, TOP_K] int64 of token t and their weights, from logits [SPLITS, T, E] float32; see
+    `route`. The parts are added up in order.
 
     Experts are held in one row of G_PAD groups of S_PAD; without groups, or with all of them allowed, of one group.
     """

@@ -112,21 +112,27 @@ __device__ inline void accumulate(Matrix const& w, int row0, T const* const (&x_
                                   float (&total)[ROW_TILES][TOKEN_TILES][4], Start start) {
   int const warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, quad = lane % 4;
   S const* scales = static_cast<S const*>(w.scales);
+  // Where a row begins: a step from block to block is then one addition. Rows are padded to the strip, scales are not.
+  uint8_t const* codes_of[2 * ROW_TILES];
+  int scale_of[2 * ROW_TILES];
+#pragma unroll
+  for (int i = 0; i < 2 * ROW_TILES; ++i) {
+    int const row = row0 + 8 * i + group;
+    codes_of[i] = w.codes + (int64_t(row / kStrip) * w.blocks * kStrip + row % kStrip) * (kBlock / 2) + 16 * quad;
+    scale_of[i] = min(row, w.n - 1);
+  }
   Row<S> ahead[kUnroll][2 * ROW_TILES];
   auto fetch = [&](int block) {
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      int const b = block + u * kWarps;
+      int const b = min(block + u * kWarps, w.blocks - 1);  // one too many meets inputs of 0
+      int const of_group = (w.blocks_per_group == 1 ? b : w.blocks_per_group > 0 ? b / w.blocks_per_group : 0) * w.n;
 #pragma unroll
       for (int i = 0; i < 2 * ROW_TILES; ++i) {
-        int const row = row0 + 8 * i + group;
-        bool const inside = b < w.blocks;
-        int64_t const at = ((int64_t(row / kStrip) * w.blocks + b) * kStrip + row % kStrip) * (kBlock / 2) + 16 * quad;
-        int64_t const of_group = int64_t(w.blocks_per_group > 0 ? b / w.blocks_per_group : 0) * w.n + row;
         Row<S>& r = ahead[u][i];
-        r.codes = inside ? load_codes(w.codes + at) : uint4{0, 0, 0, 0};  // rows are padded to the strip
-        r.scale = inside && row < w.n ? scales[of_group] : S(0.0f);
-        r.zero = w.zeros == nullptr ? int8_t(w.zero) : inside && row < w.n ? w.zeros[of_group] : int8_t(0);
+        r.codes = load_codes(codes_of[i] + int64_t(b) * (kStrip * kBlock / 2));
+        r.scale = scales[of_group + scale_of[i]];
+        r.zero = w.zeros == nullptr ? int8_t(w.zero) : w.zeros[of_group + scale_of[i]];
       }
     }
   };

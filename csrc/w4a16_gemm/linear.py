@@ -19,13 +19,14 @@ TILES = (Tile(n=64, m=16, warps=4, stages=3), Tile(n=64, m=32, warps=4, stages=4
          Tile(n=128, m=128, warps=8, stages=3))
 # Programs for each multiprocessor: enough loads in flight to hide memory's latency.
 WAVES = 4
-FEW_ROWS = 32
+FEW_ROWS = 16
 
 
 class TritonW4A16Kernel(LinearKernel):
     """Codes with scales and zero points by group, inputs in any order; float32 sums, no atomics.
 
-    4 bits by a few tokens have a kernel of their own on the same weights (csrc/w4a16_gemm/few_rows.cu), where it is built.
+    4 bits by a few tokens have a kernel of their own on the same weights (csrc/w4a16_gemm/few_rows.cu), where it is
+    built.
     """
 
     name: ClassVar[str] = "triton_w4a16"

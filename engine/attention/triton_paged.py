@@ -21,7 +21,6 @@ from ...csrc.attention import (
     attend_plain,
     gather_rows,
     latent_and_cache,
-    merge_counters,
     project_values,
     rope_and_cache,
     store_kv,
@@ -64,7 +63,6 @@ class TritonAttentionBackend(AttentionBackend):
     def __init__(self, layers: Sequence[AttentionLayer], layout: KVCacheLayout, *, dtype: torch.dtype,
                  device: torch.device, cache_dtype: torch.dtype | None = None) -> None:
         self.block_size, self.dtype, self.device = layout.block_size, dtype, device
-        self.counters = merge_counters(device)
         self.caches = self.allocate(layers, layout, cache_dtype or dtype, device)
         latent = [layer for layer in layers if isinstance(layer, MLAAttention)]
         width = max((a.num_heads * (a.qk_nope_head_dim + a.v_head_dim) for a in latent), default=0)
@@ -110,8 +108,7 @@ class TritonAttentionRun(FusedAttentionRun):
 
     def _attend(self, layer: Attention, q: Tensor) -> Tensor:
         return attend_paged(q, self.backend.caches[layer.index], self.batch, scale=layer.scale,
-                            window=layer.sliding_window, k_scale=layer.k_scale, v_scale=layer.v_scale,
-                            counters=self.backend.counters)
+                            window=layer.sliding_window, k_scale=layer.k_scale, v_scale=layer.v_scale)
 
     def run_latent(self, layer: MLAAttention, q_nope: Tensor, q_pe: Tensor, rows: Tensor) -> Tensor:
         store_kv(self.backend.caches[layer.index], rows[:, None], None, self.step.slots, k_scale=layer.k_scale)

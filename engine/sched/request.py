@@ -117,7 +117,7 @@ class Request:
 
     @property
     def reads_output(self) -> bool:
-        """Whether its sampler must have seen every token before the next: penalties count them, bad words match them."""
+        """Whether its sampler must have seen every token before the next one: penalties and bad words do."""
         params = self.message.params
         penalties = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
         return bool(params.bad_words) or penalties != (1.0, 0.0, 0.0)

@@ -398,8 +398,9 @@ class Scheduler:
         pool = self.kv.pool
         lines = [
             f"scheduler at step {self._num_steps}: {len(self.running)} running, {len(self.waiting)} waiting, "
-            f"{sum(len(step.requests) for step in self._in_flight)} in flight, {pool.num_free_blocks} of {len(pool.blocks) - 1} "
-            f"blocks of {self.kv.block_size} tokens free, {len(pool.cached)} cached"
+            f"{sum(len(step.requests) for step in self._in_flight)} in flight, "
+            f"{pool.num_free_blocks} of {len(pool.blocks) - 1} blocks of {self.kv.block_size} tokens free, "
+            f"{len(pool.cached)} cached"
         ]
         for name, queue in (("running", self.running), ("waiting", self.waiting)):
             lines += [f"  {request!r}" for request in islice(queue, DUMP_ROWS)]

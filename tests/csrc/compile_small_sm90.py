@@ -61,7 +61,8 @@ def main() -> None:
         built[f"silu {name}"] = between(triton_norm.silu_mul_kernel, activation, width, 2 if width == 1024 else 16)
     for block in ((16, 16), (64, 64)):
         built[f"logits {block}"] = text = ptx(
-            triton_route.logits_kernel, dict(UPCAST=False, BLOCK_T=block[0], BLOCK_E=block[1], BLOCK_H=128),
+            triton_route.logits_kernel,
+            dict(PER_SPLIT=512, UPCAST=False, BLOCK_T=block[0], BLOCK_E=block[1], BLOCK_H=128),
             {"out_ptr": "*fp32"})
         if "cp.async" not in text:
             print("logits are not pipelined", block)

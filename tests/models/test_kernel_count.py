@@ -72,12 +72,13 @@ def layer_kernels(folder: Path, config: Mapping[str, Any], method: str | None = 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("config, method, most", [
-    pytest.param(LLAMA, None, 9, id="llama"), pytest.param(LLAMA, "ct-fp8", 10, id="llama fp8"),
-    pytest.param(LLAMA, "awq", 9, id="llama awq"), pytest.param(MIXTRAL, None, 14, id="mixtral"),
-    pytest.param(MIXTRAL, "ct-fp8", 14, id="mixtral fp8"), pytest.param(MIXTRAL, "gptq-4", 14, id="mixtral gptq"),
+    pytest.param(LLAMA, None, 10, id="llama"), pytest.param(LLAMA, "ct-fp8", 11, id="llama fp8"),
+    pytest.param(LLAMA, "awq", 10, id="llama awq"), pytest.param(MIXTRAL, None, 14, id="mixtral"),
+    pytest.param(MIXTRAL, "ct-fp8", 16, id="mixtral fp8"), pytest.param(MIXTRAL, "gptq-4", 14, id="mixtral gptq"),
 ])
 @pytest.mark.parametrize("length", [100, 2000])
 def test_a_decoding_layer_is_few_kernels(config, method, most, length, tmp_path):
-    """Rounding what attention gives, by token, is a launch of its own: the tenth of an FP8 layer."""
+    """One more than could be: splits of the keys are merged by a launch of their own, since the last program of a split
+    took longer (9.8 us against 7.0 on an H100). Rounding what attention gives, by token, is another, in FP8."""
     names = layer_kernels(tmp_path, config, method, length=length)
     assert 5 < len(names) <= most, "\n".join(names)

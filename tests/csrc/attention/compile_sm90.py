@@ -18,7 +18,7 @@ PARTS = {"out_ptr": "*fp32", "lse_ptr": "*fp32", "counter_ptr": "*i32"}
 
 
 def ptx(kernel, tile, constants, pointers):
-    constants = {"SPLITS": 1, "MIN_SHARE": MIN_SHARE, "MERGE": False, "SPLITS_PAD": 8,
+    constants = {"SPLITS": 1, "MIN_SHARE": MIN_SHARE,
                  "UPCAST": False, "BLOCK_M": tile.m, "BLOCK_N": tile.n,
                  "BLOCK_Q": tile.m // constants["GROUP"], **constants}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
@@ -50,7 +50,6 @@ def latent(tile, group, **more):
 def main() -> None:
     built = {
         "decode": paged(TILES[0], 4, 128), "decode in splits": paged(TILES[0], 4, 64, SPLITS=8),
-        "decode in one launch": paged(TILES[0], 4, 128, SPLITS=33, SPLITS_PAD=64, MERGE=True),
         "decode, fp8": paged(TILES[0], 4, 128, cache="*fp8e4nv"),
         "prompt": paged(TILES[2], 4, 128), "prompt of 64": paged(TILES[2], 4, 64),
         "expanded": paged(TILES[2], 1, 128, 64, 128, page=0),

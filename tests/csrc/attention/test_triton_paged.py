@@ -100,23 +100,6 @@ def test_splits_give_what_one_pass_gives(monkeypatch, dtype, splits, lens, windo
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("splits", [2, 8])
-@pytest.mark.parametrize("heads, kv_heads", [(4, 1), (6, 2), (9, 1)], ids=["4 to 1", "3 to 1", "too many to merge"])
-def test_splits_are_merged_in_the_same_launch(monkeypatch, dtype, splits, heads, kv_heads):
-    """To the same values, and the counters are zeros again."""
-    monkeypatch.setattr("nybble.csrc.attention.paged.MIN_SHARE", 32)
-    batch, q, cache, *_ = paged_case(DECODE, heads, kv_heads, 48, 16, dtype)
-    counters = torch.zeros(len(DECODE) * kv_heads, dtype=torch.int32, device=DEVICE)
-    apart = attend_paged(q, cache, batch, scale=0.2, splits=splits, tile=SMALL)
-    for _ in range(2):
-        found = attend_paged(q, cache, batch, scale=0.2, splits=splits, tile=SMALL, counters=counters)
-        torch.testing.assert_close(found, apart, rtol=1e-6, atol=1e-6)
-        assert counters.count_nonzero() == 0
-    short = attend_paged(q, cache, batch, scale=0.2, splits=splits, tile=SMALL, counters=counters[:1])
-    assert torch.equal(short, apart)  # there are too few: a launch of its own
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("splits", [1, 4])
 @pytest.mark.parametrize("lens", [pytest.param(MIXED, id="mixed"), pytest.param(DECODE, id="decode")])
 def test_a_cache_of_eight_bits_times_its_scales(dtype, splits, lens):
