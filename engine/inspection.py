@@ -38,7 +38,7 @@ class Layer:
 class Inspection:
     """The account of a checkpoint. `problems` are what loading would refuse; `findings` what deserves a look.
 
-    `kv_scales` are the stored scales of an FP8 KV cache: loaded, and kept for a cache that this release has not.
+    `kv_scales` are the stored scales of an FP8 KV cache: loaded, and used with --kv-cache-dtype fp8.
     """
 
     folder: str

@@ -153,7 +153,7 @@ class CausalLM(nn.Module):
             if isinstance(module, Connects):
                 module.connect()
         if scaled:
-            log.info("%d layer(s) store scales of an FP8 KV cache: kept for one, this release's cache is not quantized",
+            log.info("%d layer(s) store scales of an FP8 KV cache: used with --kv-cache-dtype fp8",
                      len(scaled))
 
     def attention_layers(self) -> list[AttentionLayer]:

@@ -59,7 +59,7 @@ def _kv_scales(names: tuple[str, ...]) -> list[str]:
     if not names:
         return []
     kinds = dict.fromkeys(name.partition("self_attn.")[2] or name for name in names)
-    return [f"KV scales     {len(names)} ({', '.join(kinds)}): kept for an FP8 cache, which this release has not"]
+    return [f"KV scales     {len(names)} ({', '.join(kinds)}): used with --kv-cache-dtype fp8"]
 
 
 def _kind(layer: Layer) -> tuple[str, str, str]:

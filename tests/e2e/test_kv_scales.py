@@ -60,4 +60,4 @@ def test_what_cannot_be_meant_is_refused(scales, words, quantized, load, tmp_pat
 def test_inspect_says_what_they_are_kept_for(quantized, tmp_path, capsys):
     folder = add(quantized("gptq"), SPELLINGS["of the projections"][0]).write(tmp_path)
     assert main(["inspect", str(folder)]) == 0
-    assert "KV scales     2 (k_proj.k_scale, v_proj.v_scale): kept for an FP8 cache" in capsys.readouterr().out
+    assert "KV scales     2 (k_proj.k_scale, v_proj.v_scale): used with --kv-cache-dtype fp8" in capsys.readouterr().out
