@@ -107,8 +107,8 @@ def as_heat_map(layers: Sequence[ExpertCounts]) -> str:
     lines = [f"{'layer':<{width}}  experts 0 to {max((len(layer.counts) for layer in layers), default=1) - 1}"]
     for layer in layers:
         mean = layer.total / len(layer.counts) or 1.0
-        cells = (SHADES[round(count / mean / peak * (len(SHADES) - 1))] if peak else " " for count in layer.counts)
-        lines.append(f"{layer.layer:<{width}}  |" + "|".join(2 * cell for cell in cells) + "|")
+        shades = (max(1, round(count / mean / peak * (len(SHADES) - 1))) if count else 0 for count in layer.counts)
+        lines.append(f"{layer.layer:<{width}}  |" + "|".join(2 * SHADES[shade] for shade in shades) + "|")
     return "\n".join([*lines, f"{'':<{width}}  '{SHADES[0]}' no token, '{SHADES[-1]}' {peak:.2f} times an even share"])
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from html.parser import HTMLParser
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nybble.engine.expert_stats import (
+    SHADES,
     ExpertCounts,
+    as_heat_map,
     as_html,
     as_json,
     as_table,
@@ -89,3 +92,13 @@ def test_what_cannot_be_asked():
         check_counting(False)
     with pytest.raises(UsageError, match="no experts"):
         check_experts([])
+
+
+@given(LAYERS)
+def test_a_heat_map_shows_every_expert_and_no_token_only_where_there_is_none(layers):
+    named = [msgspec.structs.replace(layer, layer=f"layer {i}") for i, layer in enumerate(layers)]
+    for line, layer in zip(as_heat_map(named).splitlines()[1:-1], named, strict=True):
+        cells = line.partition("|")[2].rstrip("|").split("|")
+        assert len(cells) == len(layer.counts)
+        for cell, count in zip(cells, layer.counts):
+            assert len(cell) == 2 and (cell == 2 * SHADES[0]) is (count == 0)
