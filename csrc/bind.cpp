@@ -139,6 +139,7 @@ void w4_few_rows(Tensor out, Tensor x, Tensor codes, Tensor scales, std::optiona
   STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && out.dim() == 2 && out.is_contiguous() &&
                       out.scalar_type() == x.scalar_type() && out.size(0) == x.size(0),
                   "x [M, K] and out [M, N] must be dense and of one dtype");
+  STD_TORCH_CHECK(zero >= 0, "zero must not be negative");
   int64_t n = out.size(1), blocks = codes.size(1);
   STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Char && codes.is_contiguous() && codes.dim() == 4 &&
                       codes.size(0) == (n + 63) / 64 && codes.size(2) == 64 && codes.size(3) == 64,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -14,7 +16,7 @@ from ..plugins.errors import KernelBuildError, did_you_mean
 from ..plugins.log import get_logger
 from .build_cache import SOURCES, cache_folder, file_name
 from .jit import Builder
-from .toolchain import find_cutlass, find_tools
+from .toolchain import Tools, find_cutlass, find_tools
 from .units import LIBRARIES, KernelLibrary, library_of
 
 if TYPE_CHECKING:
@@ -96,9 +98,18 @@ def _by_jit(library: KernelLibrary, arch: str) -> tuple[Path | None, str]:
     if not env.read_flag("NYBBLE_JIT", default=True):
         return None, "NYBBLE_JIT=0 forbids compiling"
     tools, reason = find_tools()
-    if tools is not None and any(unit.cutlass for unit in library.units):
-        reason = find_cutlass()[1]
+    if tools is not None:
+        reason = _too_new(tools) or (find_cutlass()[1] if any(unit.cutlass for unit in library.units) else "")
     return None, reason
+
+
+def _too_new(tools: Tools) -> str:
+    """Why what nvcc makes may not run: the runtime is linked in, and a driver of torch's CUDA may be too old for it."""
+    torch, found = sys.modules.get("torch"), re.search(r"release (\d+)", tools.versions)
+    cuda = getattr(getattr(torch, "version", None), "cuda", None)
+    if cuda is None or found is None or int(found[1]) <= int(cuda.partition(".")[0]):
+        return ""
+    return f"nvcc is of CUDA {found[1]} and torch of {cuda}: set NYBBLE_NVCC to one of torch's"
 
 
 def obtain(library: KernelLibrary, arch: str) -> Path:
@@ -142,6 +153,19 @@ def op_missing(op: str, device: torch.device) -> str | None:
 def _missing(library: KernelLibrary, arch: str) -> str | None:
     """Asked for by every layer, and hashing the sources takes milliseconds: the answer is a process's."""
     return resolve(library, arch).missing
+
+
+@cache
+def optional_op(op: str, device: torch.device) -> Any | None:
+    """`load_op` of an op that something else can stand in for: None where it cannot be had, and a warning says why if
+    that is a surprise."""
+    if op_missing(op, device) is not None:
+        return None
+    try:
+        return load_op(op)
+    except (KernelBuildError, OSError, RuntimeError) as error:
+        log.warning("doing without the compiled kernel %s: %s", op, error)
+        return None
 
 
 @cache

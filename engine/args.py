@@ -99,7 +99,9 @@ class EngineArgs:
     moe_backend: str | None = setting(
         None, "pin what runs the experts of every layer, whatever their format", group="device"
     )
-    expert_stats: bool = setting(False, "count the tokens of every expert", group="device")
+    expert_stats: bool = setting(
+        False, "count the tokens of every expert; without CUDA graphs and steps planned ahead", group="device"
+    )
     enforce_eager: bool = setting(False, "no CUDA graphs: launch every kernel of every step", group="device")
     cpu_threads: int | None = setting(None, "torch threads on CPU (default: torch's)", group="device", low=1)
     block_size: int = setting(
@@ -139,7 +141,9 @@ class EngineArgs:
     )
     max_queue: int = setting(0, "most waiting requests before 429 (0: no limit)", group="scheduler", low=0)
     async_scheduling: bool | None = setting(
-        None, "plan a step while the one before it runs (default: on CUDA); off with plugin logits processors",
+        None,
+        "plan a step while the one before it runs (default: on CUDA); never with plugin logits processors or "
+        "--expert-stats",
         group="scheduler",
     )
     tensor_parallel_size: int = setting(

@@ -21,6 +21,6 @@ class StepStats(msgspec.Struct, kw_only=True):
     execute_seconds: float = 0.0
 
     def levels(self) -> StepStats:
-        """The same levels with every counter at 0: of a moment at which no step ended."""
+        """The same levels with every counter at 0, so that nothing is counted twice."""
         return StepStats(step=self.step, num_running=self.num_running, num_waiting=self.num_waiting,
                          kv_usage=self.kv_usage)

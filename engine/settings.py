@@ -353,6 +353,14 @@ def _quantization_config(hf: dict[str, Any], folder: Path) -> dict[str, Any]:
     return dict(settings.value) if settings else {}
 
 
+def _async_scheduling(args: EngineArgs, device: str) -> bool:
+    """Not with a plugin's logits processors, which may read tokens that are still being sampled, nor where experts are
+    counted: a step that was run in vain would be, too."""
+    if args.logits_processors or args.expert_stats:
+        return False
+    return device != "cpu" if args.async_scheduling is None else args.async_scheduling
+
+
 def _scheduler_config(args: EngineArgs, max_model_len: int, device: str) -> SchedulerConfig:
     budget, seqs = args.max_num_batched_tokens, args.max_num_seqs
     floor = 1 if args.enable_chunked_prefill else max_model_len
@@ -379,7 +387,5 @@ def _scheduler_config(args: EngineArgs, max_model_len: int, device: str) -> Sche
         scheduling_policy=args.scheduling_policy,
         long_prefill_token_threshold=args.long_prefill_token_threshold,
         max_queue=args.max_queue,
-        # a plugin's processor may read tokens that are still being sampled
-        async_scheduling=not args.logits_processors and (args.async_scheduling if args.async_scheduling is not None
-                                                         else device != "cpu"),
+        async_scheduling=_async_scheduling(args, device),
     )

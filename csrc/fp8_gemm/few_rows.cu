@@ -11,6 +11,8 @@
 
 #include <cstdint>
 
+#include "../launch.cuh"
+
 namespace {
 
 constexpr int kWarps = 8, kRun = 64, kUnroll = 2;
@@ -36,11 +38,15 @@ __device__ inline uint4 load_weights(uint8_t const* p) {
 }
 
 __device__ inline void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+#if __CUDA_ARCH__ >= 890
   asm volatile(
       "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+#else
+  __trap();  // older devices have no FP8; the library is built for them all the same, for its other kernels
+#endif
 }
 
 template <typename T>
@@ -134,14 +140,12 @@ __global__ void __launch_bounds__(32 * kWarps) few_rows(Args p) {
 template <typename T, int ROW_TILES, int TOKEN_TILES>
 cudaError_t launch(Args const& args, cudaStream_t stream) {
   cudaLaunchAttribute early[1];
-  early[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early[0].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3((args.n + 16 * ROW_TILES - 1) / (16 * ROW_TILES));
   config.blockDim = dim3(32 * kWarps);
   config.stream = stream;
   config.attrs = early;
-  config.numAttrs = 1;
+  config.numAttrs = nybble::start_early(early);
   return cudaLaunchKernelEx(&config, few_rows<T, ROW_TILES, TOKEN_TILES>, args);
 }
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..launch import missing, multiprocessors
 from ..matrix import QuantizedMatrix
-from ..ops import load_op, op_missing
+from ..ops import load_op, op_missing, optional_op
 from ..quantize import Quantized, Rounding, triton_quantize
 from ..scheme import Scheme
 from ..select import LinearKernel, Problem
@@ -49,8 +49,7 @@ class CutlassFp8Kernel(LinearKernel):
         self.rounding = Rounding(self.activation, self.weights.get("input_scale"))
         self.multiprocessors = multiprocessors(matrix.scales.device)
         self.gemm = load_op("fp8_gemm")
-        device = matrix.scales.device
-        self.few_rows = load_op("fp8_few_rows") if op_missing("fp8_few_rows", device) is None else None
+        self.few_rows = optional_op("fp8_few_rows", matrix.scales.device)
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         rows = x.reshape(-1, self.columns).contiguous()

@@ -30,7 +30,8 @@ def router_logits(x: Tensor, weight: Tensor) -> Tensor:
     if tokens:
         logits_kernel[(-(-tokens // block_t), -(-experts // block_e), splits)](
             x, weight, out, tokens, experts, hidden, x.stride(0), PER_SPLIT=PER_SPLIT, UPCAST=x.device.type == "cpu",
-            BLOCK_T=block_t, BLOCK_E=block_e, BLOCK_H=BLOCK_HIDDEN, num_warps=4, num_stages=4)
+            BLOCK_T=block_t, BLOCK_E=block_e, BLOCK_H=BLOCK_HIDDEN, num_warps=4,
+            num_stages=_stages(x))
     return out
 
 
@@ -63,7 +64,7 @@ def _settings(routing: Routing, bias: Tensor | None) -> dict[str, float | bool]:
 
 def _stages(x: Tensor) -> int:
     """Few enough for the shared memory of a consumer's device."""
-    return 3 if x.element_size() == 2 else 2
+    return 4 if x.element_size() == 2 else 2
 
 
 def _pow2(value: int) -> int:

@@ -11,6 +11,8 @@
 
 #include <cstdint>
 
+#include "../launch.cuh"
+
 namespace {
 
 constexpr int kWarps = 8, kBlock = 128, kStrip = 64, kUnroll = 2;
@@ -290,14 +292,12 @@ __global__ void __launch_bounds__(32 * kWarps) few_rows_of_experts(Experts p) {
 template <typename Args>
 cudaError_t launch(void (*kernel)(Args), Args const& args, dim3 grid, cudaStream_t stream) {
   cudaLaunchAttribute early[1];
-  early[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early[0].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(32 * kWarps);
   config.stream = stream;
   config.attrs = early;
-  config.numAttrs = 1;
+  config.numAttrs = nybble::start_early(early);
   return cudaLaunchKernelEx(&config, kernel, args);
 }
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..launch import Tile, missing, multiprocessors, split_blocks, split_counters, split_parts, tile_for
 from ..matrix import QuantizedMatrix
-from ..ops import load_op, op_missing
+from ..ops import optional_op
 from ..select import LinearKernel, Problem
 from .packing import MAX_BLOCK, MIN_BLOCK, PackedCodes, block_of
 
@@ -20,6 +20,7 @@ TILES = (Tile(n=64, m=16, warps=4, stages=3), Tile(n=64, m=32, warps=4, stages=4
 # Programs for each multiprocessor: enough loads in flight to hide memory's latency.
 WAVES = 4
 FEW_ROWS = 16
+ALIGNMENT = 16  # bytes that a lane of the kernel for few tokens reads at once
 
 
 class TritonW4A16Kernel(LinearKernel):
@@ -74,7 +75,7 @@ class TritonW4A16Kernel(LinearKernel):
         tile, weights = tile_for(len(rows), TILES), self.weights
         if (order := weights.get("order")) is not None:
             rows = rows.index_select(1, order)  # once: gathered inside, every tile of outputs would do it again
-        if self.few_rows is not None and len(rows) <= FEW_ROWS:
+        if self.few_rows is not None and len(rows) <= FEW_ROWS and rows.data_ptr() % ALIGNMENT == 0:
             self.few_rows(out, rows, weights["codes"], weights["scales"], weights.get("zeros"), bias,
                           self.blocks_per_group, self.zero)
             return out.view(*x.shape[:-1], self.rows)
@@ -98,4 +99,4 @@ def few_rows_op(name: str, packed: PackedCodes, columns: int) -> Callable[..., N
     device = packed.bytes.device
     if packed.width != 4 or packed.block != MAX_BLOCK or columns % 16 or missing(device, (8, 0)) is not None:
         return None
-    return load_op(name) if op_missing(name, device) is None else None
+    return optional_op(name, device)

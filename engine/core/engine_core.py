@@ -84,7 +84,7 @@ class EngineCore:
                     running, self._running = self._running, None
             if running is not None:
                 return refused + self._finish(running)
-            self.stats = self.stats.levels()
+            self.stats = self.scheduler.levels()
             return refused
         except Exception:
             log.error("a step failed; the scheduler was at:\n%s", self.scheduler.dump())
@@ -127,4 +127,5 @@ class EngineCore:
         return self.executor.expert_counts(reset)
 
     def shutdown(self) -> None:
+        self._running = None  # it holds on to the runner
         self.executor.shutdown()

@@ -61,7 +61,7 @@ class EngineProcess:
             self.socket.send(data)
         elif len(outputs) > 1:
             self.send_outputs(outputs[: len(outputs) // 2], stats)
-            self.send_outputs(outputs[len(outputs) // 2 :], stats)
+            self.send_outputs(outputs[len(outputs) // 2 :], stats.levels())
         else:
             text = f"one step's output has {len(data)} bytes, more than the {MAX_MESSAGE_BYTES} of a message"
             self.core.abort_requests([outputs[0].request_id])

@@ -40,6 +40,7 @@ class InFlight(NamedTuple):
     """A step whose result is not in yet: its requests in the plan's order, and what is counted of it."""
 
     step: int
+    started: float
     requests: list[Planned]
     stats: StepStats
 
@@ -105,7 +106,6 @@ class Scheduler:
         self._in_flight: deque[InFlight] = deque()
         self._num_steps = 0
         self._num_requests = 0
-        self._step_started = 0.0
         self._log_steps, self._force_preempt, self._strict_kv = log_steps, force_preempt, strict_kv
         self._rng = random.Random(seed)
         self._clock = clock
@@ -199,6 +199,11 @@ class Scheduler:
         """Whether `schedule` has something to tell the workers: live requests, or finished ones to forget."""
         return bool(self.requests or self._finished_ids)
 
+    def levels(self) -> StepStats:
+        """How it stands now, with nothing counted."""
+        return StepStats(step=self._num_steps, num_running=len(self.running), num_waiting=len(self.waiting),
+                         kv_usage=self.kv.usage)
+
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes; refused (False) while requests hold blocks."""
         return self.kv.reset_prefix_cache()
@@ -220,9 +225,8 @@ class Scheduler:
     def schedule(self) -> Plan:
         """Plan the next step. A plan may have no requests and still tell workers whom to forget."""
         assert len(self._in_flight) < 2 and (not self._in_flight or self.can_run_ahead), "too far ahead"
-        self._step_started = self._clock()
         self._num_steps += 1
-        step = InFlight(self._num_steps, [], StepStats(step=self._num_steps))
+        step = InFlight(self._num_steps, self._clock(), [], StepStats(step=self._num_steps))
         self._in_flight.append(step)
         self.stats = step.stats
         plan = Plan(
@@ -240,7 +244,7 @@ class Scheduler:
         if not self.stats.num_preempted:
             self._schedule_waiting(plan, budget)
         assert any(planned.requests for planned in self._in_flight) or not self.requests, f"no progress\n{self.dump()}"
-        self.stats.schedule_seconds = self._clock() - self._step_started
+        self.stats.schedule_seconds = self._clock() - step.started
         return plan
 
     def _schedule_running(self, plan: Plan) -> int:
@@ -349,13 +353,13 @@ class Scheduler:
                 if output.finish_reason:
                     self._release(request)
         self._drop_finished()
-        self.stats.num_running = len(self.running)
-        self.stats.num_waiting = len(self.waiting)
-        self.stats.kv_usage = self.kv.usage
+        now = self.levels()
+        self.stats.num_running, self.stats.num_waiting = now.num_running, now.num_waiting
+        self.stats.kv_usage = now.kv_usage
         if self._strict_kv:
             self.check()
         if self._log_steps:
-            self._log(plan)
+            self._log(plan, step.started)
         return outputs
 
     def _update_request(self, planned: Planned, plan: Plan, result: Result) -> EngineCoreOutput | None:
@@ -385,8 +389,8 @@ class Scheduler:
 
     # -- what can be seen from outside
 
-    def _log(self, plan: Plan) -> None:
-        stats, milliseconds = self.stats, 1e3 * (self._clock() - self._step_started)
+    def _log(self, plan: Plan, started: float) -> None:
+        stats, milliseconds = self.stats, 1e3 * (self._clock() - started)
         logger.info(
             "step %d: %d running, %d waiting, %d new + %d cached tokens, %d preempted, KV %.1f%%, %.2f ms",
             plan.step, stats.num_running, stats.num_waiting, plan.total_tokens, stats.prefix_hits,

@@ -74,12 +74,14 @@ class DecodeGraphs:
         A model that cannot be captured (a kernel waits for the device) runs without graphs, and the log says so.
         """
         start, device = time.monotonic(), self.sampled.device
+        before = torch.cuda.current_stream(device)
         free = torch.cuda.mem_get_info(device)[0]
         pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
         try:
             graphs = [self._capture(size, pool, stream) for size in reversed(graph_sizes(most))]
             self._graphs = graphs[::-1]
         except RuntimeError as error:
+            torch.cuda.set_stream(before)  # torch leaves a capture that broke down on the capture's stream
             log.warning("decoding runs without CUDA graphs, since it cannot be captured: %s", error)
         torch.cuda.synchronize(device)
         report = CaptureReport(sizes=tuple(graph.size for graph in self._graphs), seconds=time.monotonic() - start,

@@ -20,6 +20,7 @@ from ..loader import LoadedModel, get_model
 from ..plan import KVCacheGroup, KVCacheLayout, KVCacheSpec, NewRequest, Plan, Result
 from ..request import SamplingParams
 from ..sample import SamplingState
+from .decode_graphs import graph_sizes
 from .gpu_model_runner import GPUModelRunner
 
 log = get_logger(__name__)
@@ -84,9 +85,13 @@ class GPUWorker:
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self.device)
         used = total - free
-        budget = int(total * cache.gpu_memory_utilization) - used - activations
-        log.info("memory: %.2f GiB of %.2f in use, %.2f for a step's activations, %.2f left for the KV cache",
-                 used / 2**30, total / 2**30, activations / 2**30, budget / 2**30)
+        graphs = 0
+        if self._captures:  # each keeps its logits
+            rows = sum(graph_sizes(self.config.scheduler.max_num_seqs))
+            graphs = rows * self.config.model.vocab_size * self.dtype.itemsize
+        budget = int(total * cache.gpu_memory_utilization) - used - activations - graphs
+        log.info("memory: %.2f GiB of %.2f in use, %.2f for a step's activations, %.2f for CUDA graphs, %.2f left for "
+                 "the KV cache", used / 2**30, total / 2**30, activations / 2**30, graphs / 2**30, budget / 2**30)
         if budget <= 0:
             raise OutOfMemoryError(
                 "no memory is left for the KV cache",
@@ -133,6 +138,12 @@ class GPUWorker:
             max_tokens=scheduler.max_num_batched_tokens, block_size=layout.block_size, device=self.device,
         )
 
+    @property
+    def _captures(self) -> bool:
+        """Whether decode steps become CUDA graphs. Not where experts are counted: what pads a graph would be, too."""
+        device = self.config.device
+        return self.device.type == "cuda" and not device.enforce_eager and not device.expert_stats
+
     def warm_up(self) -> None:
         """Run a prompt and a decode step, so that the first request meets warm kernels.
 
@@ -146,7 +157,7 @@ class GPUWorker:
         while 0 < length <= limit:
             self._run_dummy(length, 1)
             length = 2 * length if self.device.type == "cuda" else limit + 1
-        if not self.config.device.enforce_eager:
+        if self._captures:
             assert self.runner is not None
             self.runner.capture_graphs()
         self.expert_counts(reset=True)  # what ran until now was nobody's request

@@ -286,3 +286,28 @@ def test_the_plain_library_builds_and_loads_without_a_device(tmp_path):
         assert f"nybble::{op}(" in done.stdout
     assert "Tensor(a!) cache, Tensor slots" in done.stdout, "what an op writes is declared"
     assert "'CPU' backend" in done.stdout
+
+
+def test_a_toolkit_newer_than_torchs_is_refused(monkeypatch):
+    tools = Tools(nvcc=Path("nvcc"), torch=Path("torch"), cutlass=None, versions="Cuda compilation tools, release 13.0")
+    monkeypatch.setattr(ops, "find_tools", lambda: (tools, ""))
+    for cuda, refused in ((None, False), ("13.0", False), ("12.8", True)):
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        assert ("nvcc is of CUDA 13" in ops._by_jit(PLAIN, "80")[1]) is refused
+
+
+def test_what_something_else_can_stand_in_for_is_done_without(monkeypatch, caplog):
+    """Asked once: every layer of a model would compile again."""
+    calls = []
+
+    def failing(op: str) -> None:
+        calls.append(op)
+        raise PermissionError("read-only cache")
+
+    monkeypatch.setattr(ops, "op_missing", lambda op, device: None)
+    monkeypatch.setattr(ops, "load_op", failing)
+    ops.optional_op.cache_clear()
+    with caplog.at_level("WARNING", logger="nybble"):
+        assert [ops.optional_op("w4_few_rows", torch.device("cuda")) for _ in range(3)] == [None] * 3
+    assert calls == ["w4_few_rows"] and "doing without the compiled kernel" in caplog.text
+    ops.optional_op.cache_clear()

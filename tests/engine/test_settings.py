@@ -380,3 +380,11 @@ def test_explain_covers_every_setting_with_its_effective_value(checkpoint: Make)
         ("quantization", None, "default"),
     ]:
         assert rows[name] == (value, origin)
+
+
+def test_steps_run_ahead_where_that_is_exact(checkpoint: Make) -> None:
+    """What is computed in vain must not be counted."""
+    folder = checkpoint()
+    assert not build(folder).scheduler.async_scheduling  # on CPU
+    assert build(folder, async_scheduling=True).scheduler.async_scheduling
+    assert not build(folder, async_scheduling=True, expert_stats=True).scheduler.async_scheduling
