@@ -38,6 +38,17 @@ def as_json(layers: Sequence[LayerReport]) -> str:
     return msgspec.json.format(msgspec.json.encode({"layers": layers}), indent=1).decode()
 
 
+def summary(layers: Sequence[LayerReport]) -> str:
+    """One line: how many layers are stored in what way and run by which kernel, the most bytes first."""
+    kinds: dict[tuple[str, str], list[LayerReport]] = {}
+    for layer in layers:
+        kinds.setdefault((layer.scheme, layer.kernel), []).append(layer)
+    sizes = {kind: sum(layer.bytes for layer in group) for kind, group in kinds.items()}
+    told = (f"{len(kinds[kind])} {kind[0]} by {kind[1]} ({sizes[kind] / 1e6:.1f} MB)"
+            for kind in sorted(kinds, key=sizes.__getitem__, reverse=True))
+    return ", ".join(told)
+
+
 def as_table(layers: Sequence[LayerReport]) -> str:
     """Layers that differ in their number alone are one row; each distinct set of refusals is told once."""
     kinds = [list(group) for _, group in groupby(sorted(layers, key=_kind), key=_kind)]

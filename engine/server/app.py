@@ -26,7 +26,7 @@ from ...plugins.errors import UsageError
 from ...plugins.log import get_logger
 from .._version import __version__
 from ..expert_stats import as_json
-from ..layer_report import render
+from ..layer_report import render, summary
 from .api import Api, Engine, Heartbeat, Limits, json_response
 from .args import ServerArgs
 from .auth import ApiKeys
@@ -321,5 +321,6 @@ def banner(engine: Engine, address: str) -> str:
         f"nybble {__version__} serves {model.served_model_name} on {address}{toy}\n"
         f"  {model.architecture} in {model.dtype} on {config.device.device}, "
         f"context of {model.max_model_len} tokens{cache}, at most {scheduler.max_num_seqs} requests at once\n"
+        f"  {model.quantization or 'not quantized'}; linear layers: {summary(engine.layers) or 'none'}\n"
         f'  curl {target}/v1/completions -d \'{{"prompt": "Hello", "max_tokens": 16}}\'\n'
     )

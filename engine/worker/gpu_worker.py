@@ -80,8 +80,8 @@ class GPUWorker:
             return int(psutil.virtual_memory().available * cache.gpu_memory_utilization)
         torch.cuda.reset_peak_memory_stats(self.device)
         held = torch.cuda.memory_allocated(self.device)
-        self._profile_step()
-        activations = torch.cuda.max_memory_allocated(self.device) - held
+        cache_bytes = self._profile_step()
+        activations = torch.cuda.max_memory_allocated(self.device) - held - cache_bytes
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self.device)
         used = total - free
@@ -101,16 +101,18 @@ class GPUWorker:
             )
         return budget
 
-    def _profile_step(self) -> None:
-        """Run the largest step on a throw-away cache."""
+    def _profile_step(self) -> int:
+        """Run the largest step on a throw-away cache; the bytes of that cache."""
         limits = self.config.scheduler
         length = max(1, min(limits.max_num_batched_tokens, self.config.model.max_model_len - DUMMY_OUTPUTS))
         block_size = self.config.cache.block_size
         count = max(1, min(limits.max_num_batched_tokens // length, limits.max_num_seqs))
         blocks = 1 + count * -(-(length + DUMMY_OUTPUTS) // block_size)
-        self._build_runner(KVCacheLayout(num_blocks=blocks, block_size=block_size, groups=self.kv_cache_groups()))
+        groups = self.kv_cache_groups()
+        self._build_runner(KVCacheLayout(num_blocks=blocks, block_size=block_size, groups=groups))
         self._run_dummy(length, count)
         self.runner = None
+        return blocks * sum(group.spec.bytes_per_block(block_size) * len(group.layers) for group in groups)
 
     def initialize_cache(self, layout: KVCacheLayout) -> None:
         """Allocate the pool and the runner's buffers."""

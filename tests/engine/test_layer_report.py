@@ -7,7 +7,7 @@ import json
 import msgspec
 import pytest
 
-from nybble.engine.layer_report import LayerReport, render
+from nybble.engine.layer_report import LayerReport, render, summary
 
 WHY = {"cpu_int4": "runs on CPU, not on cuda", "triton": "tiles goes first (priority 9 over 1)"}
 
@@ -79,3 +79,9 @@ def test_json_holds_every_layer():
     assert json.loads(text)["layers"][4] == {"layer": "lm_head", "scheme": "bfloat16", "kernel": "torch",
                                              "shape": [32000, 64], "bytes": 4_250_000, "refusals": {}}
     assert len(text.splitlines()) > 40, "indented, to be read"
+
+
+def test_a_summary_counts_layers_by_format_and_kernel():
+    told = summary([*decoder(0), HEAD, *decoder(1)])
+    assert told == "4 int4 g128 by tiles (7.0 MB), 1 bfloat16 by torch (4.2 MB)"
+    assert summary([]) == ""

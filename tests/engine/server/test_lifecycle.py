@@ -121,7 +121,7 @@ def test_sigterm_lets_requests_finish_and_turns_others_away(start):
     thread.join()
     assert text(events) == "abcdefgh" and events[-1] == "[DONE]"
     banner = process.popen.stderr.read()
-    assert "serves fake" in banner and "toy model" in banner
+    assert "serves fake" in banner and "toy model" in banner and "not quantized; linear layers: " in banner
     assert f"curl {process.url}/v1/completions" in banner
 
 
