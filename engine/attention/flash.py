@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -12,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...csrc.toolchain import find_nvcc
+from ...csrc.toolchain import find_tools
 from ...models import Attention, AttentionLayer
+from ...plugins import env
 from ..plan import KVCacheLayout
 from .base import AttentionProblem, StepShape
 from .select import attention_problems
@@ -123,6 +125,17 @@ class Geometry(NamedTuple):
     window: int
 
 
+def _cannot_compile() -> str | None:
+    """Why FlashInfer would find no compiler: it looks for nvcc in fewer places than our own builder does."""
+    tools, reason = find_tools()
+    if tools is None:
+        return reason
+    places = [*env.cuda_homes(), "/usr/local/cuda"]
+    if str(tools.nvcc) in (shutil.which("nvcc"), *(f"{place}/bin/nvcc" for place in places)):
+        return None
+    return f"it does not look for nvcc at {tools.nvcc}: put its folder on PATH"
+
+
 class FlashInfer(FlashLibrary):
     """flashinfer-ai/flashinfer (arXiv 2501.01005): steps are planned on the host, by lengths that a CUDA graph cannot
     know, so that steps which only decode are Triton's."""
@@ -142,7 +155,7 @@ class FlashInfer(FlashLibrary):
     def refusal(cls, problem: AttentionProblem) -> str | None:
         if problem.head_dim not in cls.head_dims:
             return f"has kernels for heads of {', '.join(map(str, cls.head_dims))}, not {problem.head_dim}"
-        if find_spec("flashinfer_jit_cache") is None and (reason := find_nvcc()[1]):
+        if find_spec("flashinfer_jit_cache") is None and (reason := _cannot_compile()):
             return f"compiles its kernels, or has them of the package flashinfer-jit-cache: {reason}"
         return None
 

@@ -7,7 +7,7 @@ import sys
 from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from itertools import accumulate
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -110,7 +110,7 @@ def install(monkeypatch):
     """install(name): that library's stand-in is there, on a Hopper; returns the calls that it will get."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr("nybble.csrc.launch.find_spec", lambda name: object())
-    monkeypatch.setattr(flash, "find_nvcc", lambda: (None, "no nvcc"))
+    monkeypatch.setattr(flash, "find_tools", lambda: (None, "no nvcc"))
     monkeypatch.setattr(flash, "find_spec", lambda name: sys.modules.get(name))
 
     def add(name: str) -> list[str]:
@@ -231,3 +231,12 @@ def test_layers_take_the_first_library_that_can(install):
 def test_registration():
     assert nybble_attention_backends()["flash"] == "nybble.engine.attention.flash:FlashAttentionBackend"
     assert FlashAttentionBackend.priority > TritonAttentionBackend.priority
+
+
+def test_a_compiler_that_flashinfer_does_not_find(monkeypatch, tmp_path):
+    """Our builder looks in more places, nvidia's packages among them."""
+    found = tmp_path / "bin" / "nvcc"
+    monkeypatch.setattr(flash, "find_tools", lambda: (SimpleNamespace(nvcc=found), ""))
+    assert str(found) in flash._cannot_compile()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert flash._cannot_compile() is None
