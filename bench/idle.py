@@ -96,8 +96,9 @@ def _waits(span: Span) -> bool:
 
 
 def main(argv: list[str]) -> int:
-    parser = make_parser("idle", IdleArgs, "Decode under torch.profiler: share of idle device time between the first "
-                         "and the last kernel, kernels and copies a step, host time a step without its waiting.",
+    parser = make_parser("idle", IdleArgs, "Decode under torch.profiler: share of the time between the first and "
+                         "the last kernel in which none runs, kernels and copies a step, host time a step without its "
+                         "waiting.",
                          engine=True)
     parsed = parser.parse(argv)
     args = read_settings(IdleArgs, parsed)

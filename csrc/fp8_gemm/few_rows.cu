@@ -28,15 +28,6 @@ struct Args {
   bool per_token, per_channel;
 };
 
-// Weights are read once: they need no place in the first cache.
-__device__ inline uint4 load_weights(uint8_t const* p) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p));
-  return v;
-}
-
 __device__ inline void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
 #if __CUDA_ARCH__ >= 890
   asm volatile(
@@ -73,15 +64,13 @@ __global__ void __launch_bounds__(32 * kWarps) few_rows(Args p) {
 #pragma unroll
       for (int i = 0; i < 2 * ROW_TILES; ++i) {
         int64_t const row = row0 + 8 * i + group;
-        w[u][i / 2][i % 2] = at < p.k && row < p.n ? load_weights(p.w + row * p.k + at) : uint4{0, 0, 0, 0};
+        w[u][i / 2][i % 2] = at < p.k && row < p.n ? nybble::read_once(p.w + row * p.k + at) : uint4{0, 0, 0, 0};
       }
     }
   };
 
   fetch(warp);  // needs nothing of the kernel before, which may still run
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+  nybble::wait_for_inputs();
   for (int run = warp; run < runs; run += kUnroll * kWarps) {
     uint4 x[kUnroll][TOKEN_TILES];
 #pragma unroll
@@ -137,34 +126,21 @@ __global__ void __launch_bounds__(32 * kWarps) few_rows(Args p) {
   }
 }
 
-template <typename T, int ROW_TILES, int TOKEN_TILES>
-cudaError_t launch(Args const& args, cudaStream_t stream) {
-  cudaLaunchAttribute early[1];
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3((args.n + 16 * ROW_TILES - 1) / (16 * ROW_TILES));
-  config.blockDim = dim3(32 * kWarps);
-  config.stream = stream;
-  config.attrs = early;
-  config.numAttrs = nybble::start_early(early);
-  return cudaLaunchKernelEx(&config, few_rows<T, ROW_TILES, TOKEN_TILES>, args);
-}
-
 template <typename T>
 cudaError_t dispatch(Args const& args, cudaStream_t stream) {
-  if (args.m <= 8) return launch<T, 1, 1>(args, stream);
-  if (args.m <= 16) return launch<T, 1, 2>(args, stream);
-  return launch<T, 2, 4>(args, stream);
+  dim3 const grid((args.n + 15) / 16);
+  return nybble::launch_early(few_rows<T, 1, 1>, args, grid, 32 * kWarps, stream);
 }
 
 }  // namespace
 
-// out [m, n] = (x [m, k] w [n, k]^T) * x_scale [m or 1] * w_scale [n or 1] + bias [n or null], for up to 32 tokens. x and
+// out [m, n] = (x [m, k] w [n, k]^T) * x_scale [m or 1] * w_scale [n or 1] + bias [n or null], for up to 8 tokens. x and
 // w are e4m3 with dense rows of a multiple of 16, scales float32; out and bias float16 if `half`, else bfloat16.
 extern "C" int nybble_fp8_few_rows(void* out, void const* x, void const* w, float const* x_scale, float const* w_scale,
                                    void const* bias, int m, int n, int k, int per_token, int per_channel, int half,
                                    cudaStream_t stream) {
   auto at16 = [](void const* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
-  if (k <= 0 || k % 16 || m > 32 || !at16(x) || !at16(w)) return -1;
+  if (k <= 0 || k % 16 || m > 8 || !at16(x) || !at16(w)) return -1;
   if (m == 0 || n == 0) return 0;
   Args args{out,     static_cast<uint8_t const*>(x), static_cast<uint8_t const*>(w), x_scale, w_scale, bias, m, n, k,
             per_token != 0, per_channel != 0};

@@ -65,14 +65,6 @@ __device__ inline float widen(float v) { return v; }
 __device__ inline float widen(__half v) { return __half2float(v); }
 __device__ inline float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
 
-__device__ inline uint4 load_codes(uint8_t const* p) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p));
-  return v;
-}
-
 template <typename T>
 __device__ inline void mma(float (&c)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1) {
   if constexpr (sizeof(typename Type<T>::Pair) && Type<T>::kMagic == 0x64006400) {
@@ -132,7 +124,7 @@ __device__ inline void accumulate(Matrix const& w, int row0, T const* const (&x_
 #pragma unroll
       for (int i = 0; i < 2 * ROW_TILES; ++i) {
         Row<S>& r = ahead[u][i];
-        r.codes = load_codes(codes_of[i] + int64_t(b) * (kStrip * kBlock / 2));
+        r.codes = nybble::read_once(codes_of[i] + int64_t(b) * (kStrip * kBlock / 2));
         r.scale = scales[of_group + scale_of[i]];
         r.zero = w.zeros == nullptr ? int8_t(w.zero) : w.zeros[of_group + scale_of[i]];
       }
@@ -220,13 +212,6 @@ __device__ inline float added(Sums<ROWS, TOKENS> const& sums, int row, int token
   return sum;
 }
 
-// Until here nothing of the kernel before may be read: it may still run.
-__device__ inline void wait_for_inputs() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
 template <typename T, typename S, int ROW_TILES, int TOKEN_TILES>
 __global__ void __launch_bounds__(32 * kWarps) few_rows(Dense p) {
   constexpr int kRows = 16 * ROW_TILES, kTokens = 8 * TOKEN_TILES;
@@ -237,7 +222,7 @@ __global__ void __launch_bounds__(32 * kWarps) few_rows(Dense p) {
   for (int j = 0; j < TOKEN_TILES; ++j)
     x_of[j] = 8 * j + group < p.m ? static_cast<T const*>(p.x) + int64_t(8 * j + group) * p.w.k : nullptr;
   float total[ROW_TILES][TOKEN_TILES][4] = {};
-  accumulate<T, S, ROW_TILES, TOKEN_TILES>(p.w, row0, x_of, total, wait_for_inputs);
+  accumulate<T, S, ROW_TILES, TOKEN_TILES>(p.w, row0, x_of, total, nybble::wait_for_inputs);
   share<ROW_TILES, TOKEN_TILES>(total, sums);
   __syncthreads();
   for (int at = threadIdx.x; at < kRows * kTokens; at += 32 * kWarps) {
@@ -255,7 +240,7 @@ __global__ void __launch_bounds__(32 * kWarps) few_rows_of_experts(Experts p) {
   constexpr int kRows = 16, kTokens = 16, kTiles = kTokens / 8;
   __shared__ Sums<kRows, kTokens> sums, up_sums;
   int const group = threadIdx.x % 32 / 4, row0 = blockIdx.x * kRows;
-  wait_for_inputs();  // the routing decides which weights are read
+  nybble::wait_for_inputs();  // the routing decides which weights are read
   int const expert = p.tiles[blockIdx.y];
   if (expert < 0) return;
   int const* slots = p.slots + int64_t(blockIdx.y) * kTokens;
@@ -289,24 +274,11 @@ __global__ void __launch_bounds__(32 * kWarps) few_rows_of_experts(Experts p) {
   }
 }
 
-template <typename Args>
-cudaError_t launch(void (*kernel)(Args), Args const& args, dim3 grid, cudaStream_t stream) {
-  cudaLaunchAttribute early[1];
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = dim3(32 * kWarps);
-  config.stream = stream;
-  config.attrs = early;
-  config.numAttrs = nybble::start_early(early);
-  return cudaLaunchKernelEx(&config, kernel, args);
-}
-
 template <typename T, typename S>
 cudaError_t dense(Dense const& args, cudaStream_t stream) {
   dim3 const grid((args.w.n + 15) / 16);
-  if (args.m <= 8) return launch(few_rows<T, S, 1, 1>, args, grid, stream);
-  if (args.m <= 16) return launch(few_rows<T, S, 1, 2>, args, grid, stream);
-  return launch(few_rows<T, S, 1, 4>, args, grid, stream);
+  if (args.m <= 8) return nybble::launch_early(few_rows<T, S, 1, 1>, args, grid, 32 * kWarps, stream);
+  return nybble::launch_early(few_rows<T, S, 1, 2>, args, grid, 32 * kWarps, stream);
 }
 
 template <typename T>
@@ -317,9 +289,9 @@ cudaError_t dense(Dense const& args, int scale_type, cudaStream_t stream) {
 
 template <typename T>
 cudaError_t experts(Experts const& args, dim3 grid, int scale_type, cudaStream_t stream) {
-  if (scale_type == 0) return launch(few_rows_of_experts<T, float>, args, grid, stream);
-  return scale_type == 1 ? launch(few_rows_of_experts<T, __half>, args, grid, stream)
-                         : launch(few_rows_of_experts<T, __nv_bfloat16>, args, grid, stream);
+  auto run = [&](void (*kernel)(Experts)) { return nybble::launch_early(kernel, args, grid, 32 * kWarps, stream); };
+  if (scale_type == 0) return run(few_rows_of_experts<T, float>);
+  return run(scale_type == 1 ? few_rows_of_experts<T, __half> : few_rows_of_experts<T, __nv_bfloat16>);
 }
 
 bool built_for(int k, int blocks, void const* x, void const* codes) {
@@ -329,12 +301,12 @@ bool built_for(int k, int blocks, void const* x, void const* codes) {
 
 }  // namespace
 
-// out [m, n] = x [m, k] W^T + bias [n or null] for up to 32 tokens, x and out float16 if `half`, else bfloat16. Codes and
+// out [m, n] = x [m, k] W^T + bias [n or null] for up to 16 tokens, x and out float16 if `half`, else bfloat16. Codes and
 // scales as above, `scale_type` 0 float32, 1 float16, 2 bfloat16; `blocks_per_group` 0: one group. k is a multiple of 16.
 extern "C" int nybble_w4_few_rows(void* out, void const* x, void const* codes, void const* scales, void const* zeros,
                                   void const* bias, int m, int n, int k, int blocks, int blocks_per_group, int zero,
                                   int half, int scale_type, cudaStream_t stream) {
-  if (m > 32 || !built_for(k, blocks, x, codes)) return -1;
+  if (m > 16 || !built_for(k, blocks, x, codes)) return -1;
   if (m == 0 || n == 0) return 0;
   Matrix w{static_cast<uint8_t const*>(codes), scales, static_cast<int8_t const*>(zeros), n, k, blocks, blocks_per_group,
            zero};
