@@ -27,6 +27,7 @@ BENCHMARKS = {
     "moe": Benchmark("fused experts of real models against their floors and torch's grouped products", "moe"),
     "step": Benchmark("host time of scheduling and input preparation", "step"),
     "idle": Benchmark("share of a decode step in which the device waits, kernels and host time", "idle"),
+    "load": Benchmark("weights from disk to a device, beside a plain read of the same files", "loading"),
     "startup": Benchmark("process start to ready", "startup"),
     "compare": Benchmark("two result files; exit code 1 on a regression", "compare"),
 }

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from ..csrc.quantize import Quantized, Rounding
 from ..plugins.errors import NybbleError, PluginError, UsageError
 from ..quant import Slot
 from .backend import Backends, Expert, MoEBackend, MoEProblem
@@ -31,6 +33,10 @@ class Experts(nn.Module):
         self.sizes = {"top_k": top_k, "hidden": hidden, "intermediate": intermediate}
         self.dtype, self.device = dtype, device
         self.runs: list[tuple[MoEBackend, Tensor | None]] = []
+        self.extremes: list[list[int]] = []
+        """Routings between which what backends need lies, as experts for `dealt`: all of them alike, and for each kind
+        every token to the same top_k, of this kind as far as it has so many. Known once loaded."""
+        self._dealt: Tensor | None = None
         # one more for the expert -1, which is nobody: a single operation then counts, and it never waits for the device
         self._tally = torch.zeros(len(self.experts) + 1, dtype=torch.int64, device=device) if count else None
         self._one = torch.ones((), dtype=torch.int64, device=device) if count else None
@@ -58,6 +64,18 @@ class Experts(nn.Module):
                                  device=self.device, **self.sizes)
             backend = self._make(problem, [self.experts[number] for number in numbers])
             self.runs.append((backend, None if len(kinds) == 1 else self._local(numbers)))
+        everybody = list(range(len(self.experts)))
+        crowds = (numbers + [number for number in everybody if number not in numbers] for numbers in kinds.values())
+        self.extremes = [everybody, *(crowd[: self.sizes["top_k"]] for crowd in crowds)]
+
+    @contextmanager
+    def dealt(self, numbers: Sequence[int]) -> Iterator[None]:
+        """While this lasts, slots go to the experts `numbers` in turn, whatever was chosen: to see what that takes."""
+        self._dealt = torch.tensor(numbers, device=self.device)
+        try:
+            yield
+        finally:
+            self._dealt = None
 
     def _make(self, problem: MoEProblem, experts: list[Expert]) -> MoEBackend:
         choice = self.backends.choose(problem)
@@ -86,13 +104,24 @@ class Experts(nn.Module):
         local[torch.tensor(numbers, device=self.device)] = torch.arange(len(numbers), device=self.device)
         return local
 
-    def forward(self, x: Tensor, weights: Tensor, experts: Tensor, beside: Tensor | None = None) -> Tensor:
-        """x [T, hidden], weights [T, top_k] float32, experts [T, top_k] int64 -> [T, hidden] in x's dtype.
+    @property
+    def rounding(self) -> Rounding | None:
+        """How inputs may be given rounded, known once loaded; None: not at all."""
+        return self.runs[0][0].rounding if len(self.runs) == 1 else None
+
+    def forward(self, x: Tensor | Quantized, weights: Tensor, experts: Tensor, beside: Tensor | None = None) -> Tensor:
+        """x [T, hidden], or Quantized with its values where `rounding` asks for it, weights [T, top_k] float32, experts
+        [T, top_k] int64 -> [T, hidden] in x's dtype.
 
         `beside` [T, hidden] is added to the rounded sum.
         """
+        if self._dealt is not None:
+            turns = torch.arange(experts.numel(), device=experts.device) % len(self._dealt)
+            experts = self._dealt[turns].view_as(experts)
         if self._tally is not None and self._one is not None:
             self._tally.put_(experts, self._one.expand_as(experts), accumulate=True)
+        if isinstance(x, Quantized):
+            return self.runs[0][0].run_rounded(x, weights, experts, beside)
         if len(self.runs) == 1:
             return self.runs[0][0].run_all(x, weights, experts, beside)
         total: Tensor | None = None

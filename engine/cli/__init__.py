@@ -43,7 +43,7 @@ VERBS = {
         "measure kernels, latency, throughput and serving",
         None,
         ("latency", "throughput", "offline", "serve", "transformers", "kernels", "methods", "moe", "step", "idle",
-         "startup", "compare"),
+         "load", "startup", "compare"),
     ),
     "eval": Verb("[MODEL] [--reference REF]", "score a checkpoint, and compare it with a reference", None),
     "inspect": Verb("[MODEL] [flags]", "what a checkpoint holds and what would keep it from loading", "inspect"),

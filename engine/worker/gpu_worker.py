@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 import psutil
 import torch
@@ -21,6 +22,7 @@ from ..plan import KVCacheGroup, KVCacheLayout, KVCacheSpec, NewRequest, Plan, R
 from ..request import SamplingParams
 from ..sample import SamplingState
 from .decode_graphs import graph_sizes
+from .device_memory import CudaMemory, DeviceMemory
 from .gpu_model_runner import GPUModelRunner
 
 log = get_logger(__name__)
@@ -44,6 +46,7 @@ class GPUWorker:
             torch.cuda.set_device(self.device)
         if config.device.cpu_threads:
             torch.set_num_threads(config.device.cpu_threads)
+        self.memory: DeviceMemory | None = CudaMemory(self.device) if self.device.type == "cuda" else None
         self.loaded: LoadedModel | None = None
         self.runner: GPUModelRunner | None = None
         self.layout: KVCacheLayout | None = None
@@ -52,6 +55,11 @@ class GPUWorker:
     def _attention_layers(self) -> list[AttentionLayer]:
         assert self.loaded is not None, "load_model comes first"
         return self.loaded.model.attention_layers()
+
+    @property
+    def _expert_layers(self) -> list[Experts]:
+        assert self.loaded is not None, "load_model comes first"
+        return [module for module in self.loaded.model.modules() if isinstance(module, Experts)]
 
     def load_model(self) -> None:
         start = time.monotonic()
@@ -70,28 +78,28 @@ class GPUWorker:
     def available_kv_bytes(self) -> int:
         """Bytes the KV cache may take: `gpu_memory_utilization` of the device less what a full step was seen to use.
 
-        On CUDA a step of `max_num_batched_tokens` is run on a cache of its own and the peak measured, other
-        processes' memory included; on CPU it is that share of the memory now free.
+        On CUDA steps of `max_num_batched_tokens` are run on a cache of its own, with every routing that may be the most
+        expensive to a layer of experts, and the peak measured, other processes' memory included; on CPU it is that
+        share of the memory now free.
         """
         cache = self.config.cache
         if cache.kv_cache_memory_bytes is not None:
             return cache.kv_cache_memory_bytes
-        if self.device.type == "cpu":
+        if self.memory is None:
             return int(psutil.virtual_memory().available * cache.gpu_memory_utilization)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        held = torch.cuda.memory_allocated(self.device)
+        start = time.monotonic()
+        self.memory.begin()
         cache_bytes = self._profile_step()
-        activations = torch.cuda.max_memory_allocated(self.device) - held - cache_bytes
-        torch.cuda.empty_cache()
-        free, total = torch.cuda.mem_get_info(self.device)
-        used = total - free
+        activations = self.memory.peak() - cache_bytes
+        used, total = self.memory.room()
         graphs = 0
         if self._captures:  # each keeps its logits
             rows = sum(graph_sizes(self.config.scheduler.max_num_seqs))
             graphs = rows * self.config.model.vocab_size * self.dtype.itemsize
         budget = int(total * cache.gpu_memory_utilization) - used - activations - graphs
         log.info("memory: %.2f GiB of %.2f in use, %.2f for a step's activations, %.2f for CUDA graphs, %.2f left for "
-                 "the KV cache", used / 2**30, total / 2**30, activations / 2**30, graphs / 2**30, budget / 2**30)
+                 "the KV cache; measured in %.2f s", used / 2**30, total / 2**30, activations / 2**30, graphs / 2**30,
+                 budget / 2**30, time.monotonic() - start)
         if budget <= 0:
             raise OutOfMemoryError(
                 "no memory is left for the KV cache",
@@ -102,7 +110,7 @@ class GPUWorker:
         return budget
 
     def _profile_step(self) -> int:
-        """Run the largest step on a throw-away cache; the bytes of that cache."""
+        """Run the largest step on a throw-away cache, once with each extreme routing; the bytes of that cache."""
         limits = self.config.scheduler
         length = max(1, min(limits.max_num_batched_tokens, self.config.model.max_model_len - DUMMY_OUTPUTS))
         block_size = self.config.cache.block_size
@@ -110,9 +118,20 @@ class GPUWorker:
         blocks = 1 + count * -(-(length + DUMMY_OUTPUTS) // block_size)
         groups = self.kv_cache_groups()
         self._build_runner(KVCacheLayout(num_blocks=blocks, block_size=block_size, groups=groups))
-        self._run_dummy(length, count)
+        for _ in self._extreme_routings():
+            self._run_dummy(length, count)
         self.runner = None
         return blocks * sum(group.spec.bytes_per_block(block_size) * len(group.layers) for group in groups)
+
+    def _extreme_routings(self) -> Iterator[None]:
+        """As many steps as it takes to have had every extreme of every layer of experts, each while the caller has it;
+        one without experts."""
+        layers = [(layer, layer.extremes) for layer in self._expert_layers]
+        for number in range(max((len(extremes) for _, extremes in layers), default=1)):
+            with ExitStack() as stack:
+                for layer, extremes in layers:
+                    stack.enter_context(layer.dealt(extremes[min(number, len(extremes) - 1)]))
+                yield
 
     def initialize_cache(self, layout: KVCacheLayout) -> None:
         """Allocate the pool and the runner's buffers."""
@@ -155,10 +174,11 @@ class GPUWorker:
         assert self.layout is not None
         limit = min(self.config.scheduler.max_num_batched_tokens, self.layout.max_tokens - DUMMY_OUTPUTS,
                     self.config.model.max_model_len - DUMMY_OUTPUTS)
-        length = min(WARM_TOKENS, limit)
+        start, length = time.monotonic(), min(WARM_TOKENS, limit)
         while 0 < length <= limit:
             self._run_dummy(length, 1)
             length = 2 * length if self.device.type == "cuda" else limit + 1
+        log.info("warmed up in %.2f s", time.monotonic() - start)
         if self._captures:
             assert self.runner is not None
             self.runner.capture_graphs()
@@ -169,9 +189,7 @@ class GPUWorker:
 
         [] without --expert-stats or without experts.
         """
-        assert self.loaded is not None, "load_model comes first"
-        layers = [module for module in self.loaded.model.modules() if isinstance(module, Experts)]
-        tallies = {layer.name: layer.counts for layer in layers if layer.counts is not None}
+        tallies = {layer.name: layer.counts for layer in self._expert_layers if layer.counts is not None}
         if not tallies:
             return []
         read = torch.cat(list(tallies.values())).cpu().split([len(tally) for tally in tallies.values()])

@@ -156,6 +156,43 @@ def test_tokens_are_counted_when_asked_for():
     assert layer_of([expert_of(PLAIN)]).counts is None
 
 
+class Watching(ReferenceBackend):
+    """Notes the experts that it was given."""
+
+    name, priority = "watching", 5
+
+    def __init__(self, experts, problem):
+        super().__init__(experts, problem)
+        self.given = []
+
+    def __call__(self, x, weights, experts):
+        self.given.append(experts.clone())
+        return super().__call__(x, weights, experts)
+
+
+def test_extreme_routings_crowd_every_kind_and_spread_over_all():
+    layer = layer_of([expert_of(method) for method in (EIGHT, FOUR, PLAIN, FOUR)])
+    assert layer.extremes == [[0, 1, 2, 3], [0, 1], [1, 3], [2, 0]]
+    assert layer_of([expert_of(FOUR) for _ in range(4)]).extremes == [[0, 1, 2, 3], [0, 1]]
+
+
+@pytest.mark.parametrize("numbers, expected", [
+    ([0, 1, 2, 3], [[0, 1], [2, 3], [0, 1], [2, 3], [0, 1]]), ([3, 1], [[3, 1]] * 5),
+], ids=["spread", "crowded"])
+def test_slots_are_dealt_while_it_lasts(numbers, expected):
+    experts = [expert_of(FOUR) for _ in range(4)]
+    matrices, layer = dense(experts), layer_of(experts, backends(Watching))
+    x, weights, chosen = tokens(5)
+    with layer.dealt(numbers):
+        dealt = layer(x, weights, chosen)
+    assert close(dealt, loop(matrices, x, weights, torch.tensor(expected)))
+    with pytest.raises(ZeroDivisionError), layer.dealt(numbers):
+        raise ZeroDivisionError
+    layer(x, weights, chosen)
+    [(backend, _)] = layer.runs
+    assert [given.tolist() for given in backend.given] == [expected, chosen.tolist()]
+
+
 class Fussy(ReferenceBackend):
     """Takes plain experts alone, and says what it was given."""
 

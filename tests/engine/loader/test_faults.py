@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from nybble.engine.loader import safetensors_loader
 from nybble.engine.loader.safetensors_loader import SafetensorsLoader
 from nybble.engine.loader.scan import scan
+from nybble.engine.loader.weight_file import WeightFile
 from nybble.plugins.errors import CheckpointError
 from nybble.quant.base import Slot
 
@@ -214,7 +215,7 @@ def test_missing_tensor_is_paired_with_its_misspelling(tmp_path):
 def test_file_that_shrinks_after_the_scan_is_an_error(watched, found, tmp_path, monkeypatch):
     tensors()(tmp_path)
     if not watched:  # as when it shrinks after the check
-        monkeypatch.setattr(safetensors_loader._Reader, "_check", lambda reader: None)
+        monkeypatch.setattr(WeightFile, "_check", lambda file: None)
 
     def scan_then_cut(folder):
         checkpoint = scan(folder)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -39,7 +40,9 @@ def dummy(*slots, seed=0):
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("buffer_bytes", [1, 40, 1 << 20])
 def test_every_kind_of_tensor_arrives_whatever_the_buffer(buffer_bytes, device, tmp_path, monkeypatch):
-    monkeypatch.setattr(safetensors_loader, "BUFFER_BYTES", buffer_bytes)
+    for name in ("HOST", "CUDA"):
+        ring = getattr(safetensors_loader, name)
+        monkeypatch.setattr(safetensors_loader, name, replace(ring, size=buffer_bytes))
     stored = {
         "scalar": torch.tensor(3.5),
         "vector": torch.randn(7),
