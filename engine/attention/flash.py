@@ -7,13 +7,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from ...csrc.toolchain import find_tools
+from ...csrc.attention import HeadNorms, rope_and_cache
+from ...csrc.launch import multiprocessors
 from ...models import Attention, AttentionLayer
 from ...plugins import env
 from ..plan import KVCacheLayout
@@ -24,20 +27,18 @@ from .triton_paged import TritonAttentionBackend, TritonAttentionRun
 # (a layer, its queries [T, heads, D], its cache [2, num_blocks, block_size, kv_heads, D]) -> [T, heads, D]
 Attend = Callable[[Attention, Tensor, Tensor], Tensor]
 HOPPER = (9, 0)
-# What FlashInfer keeps of split keys. It recommends 128 MiB; groups of more than 7 heads of 128 over the 132
-# multiprocessors of an H100 need more.
-WORKSPACE = 256 << 20
 
 
 class FlashLibrary(ABC):
-    """One library, of a cache's block size and dtype."""
+    """One library, for layers whose cache has one block size and dtype."""
 
     name: ClassVar[str]
     module: ClassVar[str]
     install: ClassVar[str]
 
-    def __init__(self, *, block_size: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.block_size, self.dtype, self.device = block_size, dtype, device
+    def __init__(self, layers: Sequence[AttentionLayer], *, block_size: int, dtype: torch.dtype,
+                 device: torch.device) -> None:
+        self.layers, self.block_size, self.dtype, self.device = layers, block_size, dtype, device
 
     @classmethod
     def missing(cls, problem: AttentionProblem) -> str | None:
@@ -104,7 +105,8 @@ class FlashAttention2(FlashLibrary):
                     softmax_scale=layer.scale, causal=True, window_size=_window(layer))[:, 0]
 
             return decode
-        key_start = _starts(step.seq_lens).to(self.device)
+        # summed on the device: a copy from the host would wait for the step before this one
+        key_start = pad(step.device_seq_lens.cumsum(0, dtype=torch.int32), (1, 0))
 
         def attend(layer: Attention, q: Tensor, cache: Tensor) -> Tensor:
             return library.flash_attn_varlen_func(
@@ -125,29 +127,37 @@ class Geometry(NamedTuple):
     window: int
 
 
-def _cannot_compile() -> str | None:
-    """Why FlashInfer would find no compiler: it looks for nvcc in fewer places than our own builder does."""
-    tools, reason = find_tools()
-    if tools is None:
-        return reason
-    places = [*env.cuda_homes(), "/usr/local/cuda"]
-    if str(tools.nvcc) in (shutil.which("nvcc"), *(f"{place}/bin/nvcc" for place in places)):
-        return None
-    return f"it does not look for nvcc at {tools.nvcc}: put its folder on PATH"
+def _cannot_compile(capability: tuple[int, int]) -> str | None:
+    """Why FlashInfer could not build a kernel: it looks in fewer places than our own builder (its jit/cpp_ext.py)."""
+    homes, on_path = env.cuda_homes(), shutil.which("nvcc")
+    home = Path(homes[0] if homes else Path(on_path).parent.parent if on_path else "/usr/local/cuda")
+    if not (home / "bin" / "nvcc").is_file():
+        return f"there is no nvcc in {home}/bin: set CUDA_HOME to the CUDA toolkit"
+    if capability == HOPPER and not (home / "include" / "curand_kernel.h").is_file():
+        return f"{home}/include lacks curand_kernel.h: install cuRAND's headers, or set CUDA_HOME to a whole toolkit"
+    if absent := [tool for tool in ("ninja", "c++") if shutil.which(tool) is None]:
+        return f"there is no {absent[0]} on PATH"
+    return None
 
 
 class FlashInfer(FlashLibrary):
     """flashinfer-ai/flashinfer (arXiv 2501.01005): steps are planned on the host, by lengths that a CUDA graph cannot
-    know, so that steps which only decode are Triton's."""
+    know, so that steps which only decode are Triton's.
+
+    Which of its kernels is said here: left to itself it may take another from step to step, and would compile that one
+    while requests wait.
+    """
 
     name: ClassVar[str] = "FlashInfer"
     module: ClassVar[str] = "flashinfer"
     install: ClassVar[str] = "pip install 'nybble[flash]'"
     head_dims: ClassVar[tuple[int, ...]] = (64, 128, 256)
 
-    def __init__(self, *, block_size: int, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(block_size=block_size, dtype=dtype, device=device)
-        self.workspace = torch.zeros(WORKSPACE, dtype=torch.uint8, device=device)
+    def __init__(self, layers: Sequence[AttentionLayer], *, block_size: int, dtype: torch.dtype,
+                 device: torch.device) -> None:
+        super().__init__(layers, block_size=block_size, dtype=dtype, device=device)
+        self.kernels = "fa3" if torch.cuda.get_device_capability(device) == HOPPER else "fa2"
+        self.workspace = torch.empty(self._workspace_bytes(), dtype=torch.uint8, device=device)
         self.wrappers: dict[Geometry, Any] = {}
         self.planned: dict[Geometry, torch.cuda.Event] = {}
 
@@ -155,7 +165,8 @@ class FlashInfer(FlashLibrary):
     def refusal(cls, problem: AttentionProblem) -> str | None:
         if problem.head_dim not in cls.head_dims:
             return f"has kernels for heads of {', '.join(map(str, cls.head_dims))}, not {problem.head_dim}"
-        if find_spec("flashinfer_jit_cache") is None and (reason := _cannot_compile()):
+        capability = torch.cuda.get_device_capability(problem.device)
+        if find_spec("flashinfer_jit_cache") is None and (reason := _cannot_compile(capability)):
             return f"compiles its kernels, or has them of the package flashinfer-jit-cache: {reason}"
         return None
 
@@ -172,19 +183,32 @@ class FlashInfer(FlashLibrary):
 
         return attend
 
+    def _workspace_bytes(self) -> int:
+        """For the float32 outputs of split keys and a sum with each: keys are split until there are two blocks of
+        threads a multiprocessor, each of a tile of queries (PrefillPlan in its scheduler.cuh). "fa3" splits none."""
+        if self.kernels == "fa3":
+            return 16  # an empty tensor has no address
+        blocks = 2 * multiprocessors(self.device)
+        return max(blocks // layer.num_kv_heads * layer.num_heads * (128 if layer.head_dim < 256 else 64)
+                   * (layer.head_dim + 1) * torch.float32.itemsize for layer in self.layers)
+
     def _pages(self, step: StepShape) -> tuple[Tensor, ...]:
-        """On the host, int32: where queries begin [R + 1], where blocks begin [R + 1], blocks, tokens in each last."""
+        """On the host, int32: where queries begin [R + 1], where blocks begin [R + 1], blocks, tokens in each last.
+
+        Pinned, since a copy of pageable memory may wait for the step before this one.
+        """
         counts = -(-step.seq_lens // self.block_size)
         table = step.host_block_table
         blocks = table[np.arange(table.shape[1]) < counts[:, None]]
         last = step.seq_lens - (counts - 1) * self.block_size
-        return (_starts(step.query_lens), _starts(counts), torch.from_numpy(blocks.astype(np.int32)),
-                torch.from_numpy(last.astype(np.int32)))
+        pages = [torch.from_numpy(array.astype(np.int32))
+                 for array in (_starts(step.query_lens), _starts(counts), blocks, last)]
+        return tuple(page.pin_memory() if self.device.type == "cuda" else page for page in pages)
 
     def _plan(self, geometry: Geometry, pages: tuple[Tensor, ...]) -> Any:
         if geometry not in self.wrappers:
             self.wrappers[geometry] = import_module(self.module).BatchPrefillWithPagedKVCacheWrapper(
-                self.workspace, "NHD")
+                self.workspace, "NHD", backend=self.kernels)
         wrapper = self.wrappers[geometry]
         if geometry in self.planned:  # a plan is copied out of pinned memory, which the wrapper's next one overwrites
             self.planned[geometry].synchronize()
@@ -221,14 +245,14 @@ class FlashAttentionBackend(TritonAttentionBackend):
     def __init__(self, layers: Sequence[AttentionLayer], layout: KVCacheLayout, *, dtype: torch.dtype,
                  device: torch.device, cache_dtype: torch.dtype | None = None) -> None:
         super().__init__(layers, layout, dtype=dtype, device=device, cache_dtype=cache_dtype)
-        made: dict[type[FlashLibrary], FlashLibrary] = {}
-        self.libraries: dict[int, FlashLibrary] = {}  # by a layer's index
+        takes: dict[type[FlashLibrary], list[AttentionLayer]] = {}
         for layer in layers:
             [problem] = attention_problems([layer], dtype=dtype, device=device, block_size=layout.block_size)
-            kind = next(library for library in LIBRARIES if library.missing(problem) is None)
-            if kind not in made:
-                made[kind] = kind(block_size=layout.block_size, dtype=dtype, device=device)
-            self.libraries[layer.index] = made[kind]
+            takes.setdefault(next(kind for kind in LIBRARIES if kind.missing(problem) is None), []).append(layer)
+        self.libraries: dict[int, FlashLibrary] = {}  # by a layer's index
+        for kind, its in takes.items():
+            library = kind(its, block_size=layout.block_size, dtype=dtype, device=device)
+            self.libraries.update({layer.index: library for layer in its})
 
     def prepare(self, step: StepShape) -> TritonAttentionRun:
         return FlashAttentionRun(self, step)
@@ -241,6 +265,15 @@ class FlashAttentionRun(TritonAttentionRun):
         super().__init__(backend, step)
         attends = {library: library.prepare(step) for library in set(backend.libraries.values())}
         self.attends = {index: attends[library] for index, library in backend.libraries.items()}
+
+    def run_qkv(self, layer: Attention, qkv: Tensor, rope: tuple[Tensor, Tensor],
+                norms: HeadNorms | None = None) -> Tensor:
+        """As Triton's, which for a step that only decodes attends in the same launch: a library cannot."""
+        if self.attends[layer.index] is None:
+            return super().run_qkv(layer, qkv, rope, norms)
+        q = rope_and_cache(qkv, *rope, self.backend.caches[layer.index], self.step.slots, heads=layer.num_heads,
+                           norms=norms)
+        return self._attend(layer, q)
 
     def _attend(self, layer: Attention, q: Tensor) -> Tensor:
         attend = self.attends[layer.index]
@@ -259,6 +292,6 @@ def _window(layer: Attention) -> tuple[int, int]:
     return (-1, -1) if layer.sliding_window is None else (layer.sliding_window - 1, 0)
 
 
-def _starts(counts: np.ndarray) -> Tensor:
-    """[0, and every sum so far] int32, on the host."""
-    return torch.from_numpy(np.concatenate(([0], counts.cumsum())).astype(np.int32))
+def _starts(counts: np.ndarray) -> np.ndarray:
+    """[0, and every sum so far]."""
+    return np.concatenate(([0], counts.cumsum()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pytest
 from safetensors.torch import load_file
@@ -90,10 +90,23 @@ SETTINGS = {
 }
 
 
+@pytest.fixture(scope="module")
+def engine_of(model):
+    """engine_of(case) -> an engine of a model, made once for all parameters; its prefix cache is empty."""
+    made: dict[str, LLM] = {}
+    with ExitStack() as stack:
+        def get(case):
+            if case not in made:
+                made[case] = stack.enter_context(engine(model, **SETTINGS[case]))
+            assert made[case].reset_prefix_cache()
+            return made[case]
+
+        yield get
+
+
 @pytest.mark.parametrize("case", SETTINGS)
-def test_together_is_alone(case, model, params, alone):
-    with engine(model, **SETTINGS[case]) as llm:
-        assert run(llm, params) == alone
+def test_together_is_alone(case, params, alone, engine_of):
+    assert run(engine_of(case), params) == alone
 
 
 def test_cached_is_cold(model, params, alone):
