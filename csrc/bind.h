@@ -1,13 +1,7 @@
-// What every binding shares: torch's current stream without its CUDA headers, and errors that name their op.
+// What every CUDA binding shares: torch's current stream without its CUDA headers, and errors that name their op.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
-#include <cstdint>
-#include <optional>
+#include "bind_common.h"
 
 // The CUDA runtime's stream; its headers are not needed here.
 typedef struct CUstream_st* cudaStream_t;
@@ -20,9 +14,6 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 
 namespace nybble {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 // The stream that torch works on, on the tensor's device. The caller has made that device current.
 inline cudaStream_t stream_of(const Tensor& tensor) {
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "nybble: this torch has no CUDA");
@@ -34,7 +25,7 @@ inline cudaStream_t stream_of(const Tensor& tensor) {
 
 // A launcher returns 0, a cudaError_t, or a negative code for a shape that it was not built for.
 inline void check(int code, const char* op) {
-  STD_TORCH_CHECK(code >= 0, "nybble::", op, " was not built for these shapes or dtypes (launcher code ", code, ")");
+  check_built(code, op);
   STD_TORCH_CHECK(code == 0, "nybble::", op, ": ", cudaGetErrorString(code));
 }
 

@@ -62,7 +62,7 @@ def file_name(library: KernelLibrary, arch: str, root: Path = SOURCES) -> str:
     The tools that built it are left out: a library may have been built elsewhere.
     """
     stamp = digest([FORMAT, content(library.binding, root), *(unit_content(unit, root) for unit in library.units)])
-    return f"{library.name}-sm{arch}-{stamp[:16]}.so"
+    return f"{library.name}-{library.target(arch)}-{stamp[:16]}.so"
 
 
 def publish(built: Path, place: Path) -> Path:

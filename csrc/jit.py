@@ -24,13 +24,6 @@ from .units import KernelLibrary, Unit
 
 log = get_logger(__name__)
 
-COMMON_FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "-Xcompiler", "-fPIC,-fvisibility=hidden")
-DEVICE_FLAGS = (*COMMON_FLAGS, "--expt-relaxed-constexpr", "--expt-extended-lambda", "-Xptxas", "-v")
-# torch 2.11, the oldest whose stable ABI has what bind.h uses: without this a library loads on no torch but its own.
-BINDING_FLAGS = (*COMMON_FLAGS, "-DTORCH_TARGET_VERSION=0x020b000000000000")
-# libtorch.so pulls in the CUDA parts, where bind.h's weak symbols are; the linker would drop it as unused.
-LINK_FLAGS = ("-shared", "-cudart", "static", "-Xlinker", "--no-as-needed", "-Xlinker", "--exclude-libs,ALL",
-              "-Xlinker", "-s", "-ltorch")
 # Memory of one compiler at its worst.
 CUTLASS_BYTES, PLAIN_BYTES = 5_500_000_000, 1_000_000_000
 # ptxas gave up on a Hopper feature: the kernel runs, at a fraction of its speed.
@@ -75,7 +68,7 @@ class Builder:
     """What a build needs to know; `sources` and `cache` are this package's and this user's outside tests.
 
     Args:
-        arch: a compute capability as nvcc writes it ("90a").
+        arch: what the tools compile for: a compute capability, or a `toolchain.processor`.
     """
 
     tools: Tools
@@ -86,7 +79,7 @@ class Builder:
     def cached(self, library: KernelLibrary) -> Path:
         """Where the library is, or will be: named by sources and device, then by tools and flags."""
         name = Path(build_cache.file_name(library, self.arch, self.sources))
-        key = digest([*(step.key for step in self._steps(library)), *LINK_FLAGS])
+        key = digest([*(step.key for step in self._steps(library)), *self.tools.link_flags])
         return self.cache / name.stem / f"{key[:16]}.so"
 
     def build(self, library: KernelLibrary) -> BuiltLibrary:
@@ -108,7 +101,7 @@ class Builder:
             raise KernelBuildError(f"{library.name} needs CUTLASS's headers", found="no module cutlass_library",
                                    fix=CUTLASS_FIX)
         steps = self._steps(library)
-        log.info("building %s for sm_%s: %d files", library.name, self.arch, len(steps))
+        log.info("building %s for %s: %d files", library.name, library.target(self.arch), len(steps))
         with tempfile.TemporaryDirectory(prefix=".build-", dir=self.cache) as name:
             scratch = Path(name)
             pool = ThreadPoolExecutor(jobs([step.memory for step in steps], cores=len(os.sched_getaffinity(0)),
@@ -118,28 +111,29 @@ class Builder:
             finally:
                 pool.shutdown(cancel_futures=True)
             linked = scratch / path.name
-            command = (str(self.tools.nvcc), *(str(self._object(step)) for step in steps), "-o", str(linked),
-                       f"-L{self.tools.torch}/lib", *LINK_FLAGS)
+            command = (str(self.tools.compiler), *(str(self._object(step)) for step in steps), "-o", str(linked),
+                       f"-L{self.tools.torch}/lib", *self.tools.link_flags)
             self._run(f"link of {library.name}", path.stem, command, scratch)
             publish(linked, path)
         return objects
 
     def _steps(self, library: KernelLibrary) -> list[Step]:
         torch = self.tools.torch / "include"
-        binding = (str(self.tools.nvcc), *BINDING_FLAGS, f"-I{torch}", f"-I{self.sources}", "-c",
+        flags = self.tools.binding_flags
+        binding = (str(self.tools.compiler), *flags, f"-I{torch}", f"-I{self.sources}", "-c",
                    str(self.sources / library.binding))
         content = build_cache.content(library.binding, self.sources)
-        key = digest([FORMAT, self.tools.versions, *BINDING_FLAGS, content])
+        key = digest([FORMAT, self.tools.versions, *flags, content])
         return [*map(self._unit_step, library.units),
                 Step(label=library.binding, key=key, command=binding, memory=PLAIN_BYTES)]
 
     def _unit_step(self, unit: Unit) -> Step:
-        flags = (*DEVICE_FLAGS, f"-gencode=arch=compute_{self.arch},code=sm_{self.arch}",
-                 *(f"-D{define}" for define in unit.defines))
+        flags = self.tools.unit_flags(unit, self.arch)
         includes = self.tools.cutlass_includes if unit.cutlass else []
-        key = digest([FORMAT, self.tools.versions, self.tools.cutlass_version if unit.cutlass else "", *flags,
+        key = digest([FORMAT, self.tools.versions, self.tools.unit_stamp(unit, self.arch), *flags,
                       build_cache.unit_content(unit, self.sources)])
-        command = (str(self.tools.nvcc), *flags, f"-I{self.sources}", *includes, "-c", str(self.sources / unit.source))
+        command = (str(self.tools.compiler), *flags, f"-I{self.sources}", *includes, "-c",
+                   str(self.sources / unit.source))
         return Step(label=unit.label, key=key, command=command,
                     memory=CUTLASS_BYTES if unit.cutlass else PLAIN_BYTES)
 

@@ -16,7 +16,7 @@ from ..plugins.errors import KernelBuildError, did_you_mean
 from ..plugins.log import get_logger
 from .build_cache import SOURCES, cache_folder, file_name
 from .jit import Builder
-from .toolchain import Tools, find_cutlass, find_tools
+from .toolchain import Tools, find_cutlass, find_tools, processor
 from .units import LIBRARIES, KernelLibrary, library_of
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def _prebuilt(folder: Path, library: KernelLibrary, arch: str) -> tuple[Path | N
     wanted = folder / file_name(library, arch)
     if wanted.is_file():
         return wanted, ""
-    others = ", ".join(sorted(path.name for path in folder.glob(f"{library.name}-sm*.so")))
+    others = ", ".join(sorted(path.name for path in folder.glob(f"{library.name}-*.so")))
     if others:
         return None, f"{folder} has {others}, of other sources or for another device: not {wanted.name}"
     return None, f"{folder} has no {wanted.name}"
@@ -84,7 +84,7 @@ def _prebuilt(folder: Path, library: KernelLibrary, arch: str) -> tuple[Path | N
 
 def _in_cache(library: KernelLibrary, arch: str) -> tuple[Path | None, str]:
     root = cache_folder()
-    tools, _ = find_tools()
+    tools, _ = find_tools(library.device)
     if tools is not None:
         path = Builder(tools=tools, arch=arch, cache=root).cached(library)
         return (path, "") if path.is_file() else (None, f"{path.parent} does not hold {path.name}")
@@ -97,7 +97,7 @@ def _in_cache(library: KernelLibrary, arch: str) -> tuple[Path | None, str]:
 def _by_jit(library: KernelLibrary, arch: str) -> tuple[Path | None, str]:
     if not env.read_flag("NYBBLE_JIT", default=True):
         return None, "NYBBLE_JIT=0 forbids compiling"
-    tools, reason = find_tools()
+    tools, reason = find_tools(library.device)
     if tools is not None:
         reason = _too_new(tools) or (find_cutlass()[1] if any(unit.cutlass for unit in library.units) else "")
     return None, reason
@@ -117,10 +117,11 @@ def obtain(library: KernelLibrary, arch: str) -> Path:
     resolution = resolve(library, arch)
     if resolution.path is not None:
         return resolution.path
-    tools, _ = find_tools()
+    tools, _ = find_tools(library.device)
     if resolution.source is None or tools is None:
-        raise KernelBuildError(f"{library.name} for sm_{arch} cannot be had", found=resolution.missing,
-                               fix="nybble kernels build --out DIR where nvcc is, then NYBBLE_KERNELS_DIR=DIR here")
+        raise KernelBuildError(f"{library.name} for {library.target(arch)} cannot be had", found=resolution.missing,
+                               fix="nybble kernels build --out DIR where a compiler is, then NYBBLE_KERNELS_DIR=DIR "
+                                   "here")
     built = Builder(tools=tools, arch=arch, cache=cache_folder()).build(library)
     log.info("built %s in %.1f s", library.name, built.seconds)
     return built.path
@@ -142,11 +143,17 @@ def device_arch(device: torch.device | None = None) -> str:
     return f"{major}{minor}" + ("a" if major >= 9 else "")
 
 
+def library_arch(library: KernelLibrary, device: torch.device | None = None) -> str:
+    """What a library is compiled for here: a CUDA device's capability, or this processor."""
+    return device_arch(device) if library.device == "cuda" else processor()
+
+
 def op_missing(op: str, device: torch.device) -> str | None:
     """Why a compiled op cannot be had for a device, every source's reason; None when it can. Builds nothing."""
-    if device.type != "cuda":
-        return f"runs on CUDA, not on {device.type}"
-    return _missing(_library(op), device_arch(device))
+    library = _library(op)
+    if device.type != library.device:
+        return f"runs on {library.device.upper()}, not on {device.type}"
+    return _missing(library, library_arch(library, device))
 
 
 @cache
@@ -176,7 +183,8 @@ def load_op(op: str, arch: str | None = None) -> Any:
     """
     import torch
 
-    _load(_library(op), arch or device_arch())
+    library = _library(op)
+    _load(library, arch or library_arch(library))
     return getattr(torch.ops.nybble, op).default
 
 

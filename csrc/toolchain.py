@@ -1,36 +1,64 @@
-"""Find what compiles kernels (nvcc, a host compiler, torch's and CUTLASS's headers) without importing any of it."""
+"""Find what compiles kernels (nvcc, the host's compiler, torch's and CUTLASS's headers), importing none of it; and its
+flags."""
 
 from __future__ import annotations
 
 import hashlib
+import platform
 import shutil
 import subprocess
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import ClassVar
 
 from ..plugins import env
+from .units import Unit
 
 HOST_COMPILER = "g++"
+HOST_FIX = "apt install g++, or set NYBBLE_KERNELS_DIR to a folder of libraries built on such a machine"
 NVCC_FIX = "install the CUDA toolkit, set NYBBLE_NVCC to its nvcc, or NYBBLE_KERNELS_DIR to a folder of built libraries"
 CUTLASS_FIX = "pip install --no-deps 'nvidia-cutlass>=4.2,<4.3'"
 
+# torch 2.11, the oldest whose stable ABI has what the bindings use: without it a library loads on no torch but its own.
+TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+CUDA_FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "-Xcompiler", "-fPIC,-fvisibility=hidden")
+# Products and sums contract to one instruction, as everywhere on CUDA; -std=c++17 alone forbids it.
+CPU_FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast")
+CPUINFO = Path("/proc/cpuinfo")
+
 
 @dataclass(frozen=True, kw_only=True)
-class Tools:
-    """The programs and header folders of a build.
+class Tools(ABC):
+    """The compiler and header folders of a build, and the flags that one kind of device needs.
 
     Attributes:
-        nvcc, torch: the compiler, and the folder of the torch package.
-        cutlass: the `source` folder of nvidia-cutlass; None where it is not installed.
-        versions: what nvcc and the host compiler say of themselves; part of every cache key.
+        torch: the folder of the torch package.
+        cutlass: the `source` folder of nvidia-cutlass; None where it is not installed, or of no use.
+        versions: what the compilers say of themselves; part of every cache key.
+        binding_flags, link_flags: of the source that binds ops to torch, and of the link.
     """
 
-    nvcc: Path
     torch: Path
-    cutlass: Path | None
+    cutlass: Path | None = None
     versions: str
+    binding_flags: ClassVar[tuple[str, ...]]
+    link_flags: ClassVar[tuple[str, ...]]
+
+    @property
+    @abstractmethod
+    def compiler(self) -> Path:
+        """What compiles and links."""
+
+    @abstractmethod
+    def unit_flags(self, unit: Unit, arch: str) -> tuple[str, ...]:
+        """Flags of a unit for an architecture; part of its cache key."""
+
+    @abstractmethod
+    def unit_stamp(self, unit: Unit, arch: str) -> str:
+        """What else the compiled unit depends on; part of its cache key."""
 
     @property
     def cutlass_includes(self) -> list[str]:
@@ -43,18 +71,94 @@ class Tools:
         return hashlib.sha256(header.read_bytes()).hexdigest() if header else ""
 
 
-def find_tools() -> tuple[Tools | None, str]:
-    """(what is needed for a build, why there is none)."""
-    nvcc, refusal = find_nvcc()
+@dataclass(frozen=True, kw_only=True)
+class CudaTools(Tools):
+    """nvcc, which brings the CUDA runtime; an architecture is a compute capability as it writes it ("90a")."""
+
+    nvcc: Path
+    binding_flags: ClassVar[tuple[str, ...]] = (*CUDA_FLAGS, TORCH_TARGET)
+    # libtorch.so pulls in the CUDA parts, where bind.h's weak symbols are; the linker would drop it as unused.
+    link_flags: ClassVar[tuple[str, ...]] = (
+        "-shared", "-cudart", "static", "-Xlinker", "--no-as-needed", "-Xlinker", "--exclude-libs,ALL", "-Xlinker",
+        "-s", "-ltorch")
+
+    @property
+    def compiler(self) -> Path:
+        return self.nvcc
+
+    def unit_flags(self, unit: Unit, arch: str) -> tuple[str, ...]:
+        return (*CUDA_FLAGS, "--expt-relaxed-constexpr", "--expt-extended-lambda", "-Xptxas", "-v",
+                f"-gencode=arch=compute_{arch},code=sm_{arch}", *(f"-D{define}" for define in unit.defines))
+
+    def unit_stamp(self, unit: Unit, arch: str) -> str:
+        return self.cutlass_version if unit.cutlass else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CpuTools(Tools):
+    """The host's C++ compiler alone; an architecture is `processor`'s, and what is compiled runs on that one."""
+
+    cxx: Path
+    binding_flags: ClassVar[tuple[str, ...]] = (*CPU_FLAGS, TORCH_TARGET)
+    link_flags: ClassVar[tuple[str, ...]] = ("-shared", "-Wl,--exclude-libs,ALL", "-Wl,-s", "-ltorch_cpu")
+
+    @property
+    def compiler(self) -> Path:
+        return self.cxx
+
+    def unit_flags(self, unit: Unit, arch: str) -> tuple[str, ...]:
+        return (*CPU_FLAGS, "-march=native", *(f"-D{define}" for define in unit.defines))
+
+    def unit_stamp(self, unit: Unit, arch: str) -> str:
+        return arch  # "native" means another processor elsewhere
+
+
+def find_tools(device: str = "cuda") -> tuple[Tools | None, str]:
+    """(what is needed to build a library for a kind of device, why there is none)."""
     torch = _package_folder("torch")
-    if nvcc is None or torch is None:
-        return None, refusal or "torch is not installed: its headers are needed"
+    if torch is None:
+        return None, "torch is not installed: its headers are needed"
+    return _find_cuda_tools(torch) if device == "cuda" else _find_cpu_tools(torch)
+
+
+def _find_cpu_tools(torch: Path) -> tuple[CpuTools | None, str]:
+    found = shutil.which(HOST_COMPILER)
+    if found is None:
+        return None, f"there is no {HOST_COMPILER} on PATH: {HOST_FIX}"
+    if not processor():
+        return None, f"{CPUINFO} does not say what this processor can do, and one that differs could not run the result"
+    versions = _version(found)
+    if not versions:
+        return None, f"{found} --version fails: {HOST_FIX}"
+    return CpuTools(cxx=Path(found), torch=torch, versions=versions), ""
+
+
+@cache
+def processor(cpuinfo: Path | None = None) -> str:
+    """A name of what this machine's processors can do: equal names run each other's code. Empty where it is not told.
+
+    Linux's own list of features and not what a compiler makes of it: the name is needed where there is no compiler.
+    """
+    cpuinfo = cpuinfo or CPUINFO
+    if not cpuinfo.is_file():
+        return ""
+    said = [line.partition(":") for line in cpuinfo.read_text(errors="replace").splitlines()]
+    features = {" ".join(sorted(value.split())) for key, _, value in said if key.strip() in ("flags", "Features")}
+    if not features:
+        return ""
+    return f"{platform.machine()}_{hashlib.sha256(repr(sorted(features)).encode()).hexdigest()[:8]}"
+
+
+def _find_cuda_tools(torch: Path) -> tuple[CudaTools | None, str]:
+    nvcc, refusal = find_nvcc()
+    if nvcc is None:
+        return None, refusal
     if shutil.which(HOST_COMPILER) is None:
         return None, f"nvcc needs a host compiler, and there is no {HOST_COMPILER} on PATH (apt install g++)"
     said = {program: _version(program) for program in (str(nvcc), HOST_COMPILER)}
     if silent := [program for program, version in said.items() if not version]:
         return None, f"{silent[0]} --version fails: {NVCC_FIX}"
-    return Tools(nvcc=nvcc, torch=torch, cutlass=find_cutlass()[0], versions="\n".join(said.values())), ""
+    return CudaTools(nvcc=nvcc, torch=torch, cutlass=find_cutlass()[0], versions="\n".join(said.values())), ""
 
 
 def find_nvcc() -> tuple[Path | None, str]:

@@ -1,4 +1,4 @@
-"""The table of compiled kernels: which source holds which op, and which library holds which sources."""
+"""The table of compiled kernels: which source holds which op, which library which sources, and for what device."""
 
 from __future__ import annotations
 
@@ -28,11 +28,20 @@ class Unit:
 
 @dataclass(frozen=True, kw_only=True)
 class KernelLibrary:
-    """What is linked, cached and loaded as one file: units, and the host-only source that binds their ops to torch."""
+    """What is linked, cached and loaded as one file: units, and the host-only source that binds their ops to torch.
+
+    Attributes:
+        device: "cuda" is compiled by nvcc for a compute capability, "cpu" by the host's compiler for its processor.
+    """
 
     name: str
     binding: str
     units: tuple[Unit, ...]
+    device: str = "cuda"
+
+    def target(self, arch: str) -> str:
+        """An architecture as people and file names have it."""
+        return f"sm_{arch}" if self.device == "cuda" else arch
 
     @property
     def ops(self) -> tuple[str, ...]:
@@ -64,7 +73,18 @@ CUTLASS = KernelLibrary(
     ),
 )
 
-LIBRARIES = (PLAIN, CUTLASS)
+CPU = KernelLibrary(
+    name="nybble_cpu",
+    binding="bind_cpu.cpp",
+    device="cpu",
+    units=(
+        Unit(source="attention/cpu_attention.cpp", ops=("cpu_attention",)),
+        Unit(source="attention/cpu_cache.cpp", ops=("cpu_store_kv", "cpu_rope_and_cache")),
+        Unit(source="norm_rope/cpu_norm.cpp", ops=("cpu_rms_norm", "cpu_silu_mul")),
+    ),
+)
+
+LIBRARIES = (PLAIN, CPU, CUTLASS)
 
 
 def library_of(op: str) -> KernelLibrary | None:

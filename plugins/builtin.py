@@ -59,6 +59,7 @@ def nybble_moe_backends() -> Table:
 @hookimpl
 def nybble_attention_backends() -> Table:
     return {
+        "cpu": "nybble.engine.attention.cpu_paged:CpuAttentionBackend",
         "cuda_paged": "nybble.engine.attention.cuda_paged:PagedAttention",
         "flash": "nybble.engine.attention.flash:FlashAttentionBackend",
         "torch": "nybble.engine.attention.torch_paged:TorchPagedBackend",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
 
 from ...csrc.build_cache import cache_folder
 from ...csrc.jit import Builder
 from ...csrc.ops import DEFAULT_ARCH, Resolution, device_arch, export, resolve
-from ...csrc.toolchain import find_tools
+from ...csrc.toolchain import find_tools, processor
 from ...csrc.units import LIBRARIES, KernelLibrary, library_of
 from ...plugins import log
 from ...plugins.errors import KernelBuildError, UsageError, did_you_mean
@@ -28,7 +29,7 @@ def add_arguments(parser: Parser) -> None:
     why.add_argument("op", metavar="OP")
     for command in (listing, build, why):
         command.add_argument("--arch", metavar="CC", help="compute capability, as nvcc writes it (default: this "
-                             "machine's device, else 90a)")
+                             "machine's device, else 90a); libraries for the CPU are for this processor")
 
 
 def run(parsed: Namespace) -> int:
@@ -37,10 +38,11 @@ def run(parsed: Namespace) -> int:
     Raises UsageError for an unknown op or library, KernelBuildError when a build fails.
     """
     log.configure(default="WARNING")
-    arch = parsed.arch or (device_arch() if cuda_devices()[0] else DEFAULT_ARCH)
+    capability = parsed.arch or (device_arch() if cuda_devices()[0] else DEFAULT_ARCH)
+    archs = {"cuda": capability, "cpu": processor()}
     if parsed.kernels_command == "build":
-        return _build(_chosen(parsed.libraries), arch, parsed.out)
-    return _why(parsed.op, arch) if parsed.kernels_command == "why" else _list(arch)
+        return _build(_chosen(parsed.libraries), archs, parsed.out)
+    return _why(parsed.op, archs) if parsed.kernels_command == "why" else _list(archs)
 
 
 def _chosen(names: list[str]) -> list[KernelLibrary]:
@@ -51,11 +53,12 @@ def _chosen(names: list[str]) -> list[KernelLibrary]:
     return [known[name] for name in names] or list(LIBRARIES)
 
 
-def _list(arch: str) -> int:
+def _list(archs: Mapping[str, str]) -> int:
     for library in LIBRARIES:
+        arch = archs[library.device]
         found = resolve(library, arch)
         state = {None: "not available", "jit": "not built yet"}.get(found.source, f"from {found.source}, {found.path}")
-        print(f"{library.name} (sm_{arch}): {state}")
+        print(f"{library.name} ({library.target(arch)}): {state}")
         for unit in library.units:
             print(f"  {unit.label:<36}{', '.join(unit.ops)}")
         if found.source is None:
@@ -68,11 +71,12 @@ def _print_refusals(found: Resolution) -> None:
         print(f"  {source:<9}no: {refusal}")
 
 
-def _build(libraries: list[KernelLibrary], arch: str, out: Path | None) -> int:
-    tools, reason = find_tools()
-    if tools is None:
-        raise KernelBuildError("nothing can be compiled here", found=reason)
+def _build(libraries: list[KernelLibrary], archs: Mapping[str, str], out: Path | None) -> int:
     for library in libraries:
+        arch = archs[library.device]
+        tools, reason = find_tools(library.device)
+        if tools is None:
+            raise KernelBuildError(f"{library.name} cannot be compiled here", found=reason)
         built = Builder(tools=tools, arch=arch, cache=cache_folder()).build(library)
         for made in built.objects:
             spilled = f", {made.spills} bytes of registers spilled" if made.spills else ""
@@ -83,13 +87,14 @@ def _build(libraries: list[KernelLibrary], arch: str, out: Path | None) -> int:
     return 0
 
 
-def _why(op: str, arch: str) -> int:
+def _why(op: str, archs: Mapping[str, str]) -> int:
     library = library_of(op)
     if library is None:
         known = [op for library in LIBRARIES for op in library.ops]
         raise UsageError(f"there is no compiled op {op!r}", known=known, fix=did_you_mean(op, known))
+    arch = archs[library.device]
     found = resolve(library, arch)
-    print(f"{op} of {library.name} for sm_{arch}")
+    print(f"{op} of {library.name} for {library.target(arch)}")
     _print_refusals(found)
     if found.source is not None:
         print(f"  {found.source:<9}yes: {found.path or 'is built when first needed'}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import platform
 import subprocess
 import sys
 import textwrap
@@ -15,8 +16,8 @@ import torch
 import nybble
 from nybble.csrc import build_cache, ops, toolchain
 from nybble.csrc.jit import CUTLASS_BYTES, Builder, jobs
-from nybble.csrc.toolchain import Tools, find_nvcc, find_tools
-from nybble.csrc.units import LIBRARIES, PLAIN, KernelLibrary, Unit
+from nybble.csrc.toolchain import CpuTools, CudaTools, find_nvcc, find_tools, processor
+from nybble.csrc.units import CPU, LIBRARIES, PLAIN, KernelLibrary, Unit
 from nybble.plugins.errors import KernelBuildError
 
 # Logs what it is asked to make, fails or warns where the source says so, and else writes the command as the result.
@@ -50,7 +51,8 @@ class Workshop:
         nvcc = root / "nvcc"
         nvcc.write_text(FAKE_NVCC)
         nvcc.chmod(0o755)
-        self.tools = Tools(nvcc=nvcc, torch=root, cutlass=None, versions="1")
+        self.tools = CudaTools(nvcc=nvcc, torch=root, cutlass=None, versions="1")
+        self.cpu_tools = CpuTools(cxx=nvcc, torch=root, versions="1")
 
     def write(self, name: str, text: str) -> None:
         (self.sources / name).write_text(text)
@@ -59,11 +61,11 @@ class Workshop:
         return Builder(**{"tools": self.tools, "arch": "90a", "cache": self.root / "cache", "sources": self.sources,
                           **changes})
 
-    def build(self, **changes: object) -> list[str]:
-        """Build the toy library; which sources the compiler was run for, and the link."""
+    def build(self, library: KernelLibrary = LIBRARY, **changes: object) -> list[str]:
+        """Build a library of these sources; which of them the compiler was run for, and the link."""
         log = self.root / "ran"
         log.unlink(missing_ok=True)
-        self.path = self.builder(**changes).build(LIBRARY).path
+        self.path = self.builder(**changes).build(library).path
         return sorted(log.read_text().split()) if log.exists() else []
 
 
@@ -130,8 +132,8 @@ def test_two_processes_build_once(shop):
         import sys; from pathlib import Path; sys.path.insert(0, sys.argv[2])
         from test_jit import LIBRARY, Workshop
         shop = Workshop.__new__(Workshop); shop.root = Path(sys.argv[1]); shop.sources = shop.root / "csrc"
-        from nybble.csrc.toolchain import Tools
-        shop.tools = Tools(nvcc=shop.root / "nvcc", torch=shop.root, cutlass=None, versions="1")
+        from nybble.csrc.toolchain import CudaTools
+        shop.tools = CudaTools(nvcc=shop.root / "nvcc", torch=shop.root, cutlass=None, versions="1")
         print(shop.builder().build(LIBRARY).path)
     """)
     environ = {**os.environ, "PYTHONPATH": str(Path(nybble.__file__).parents[1])}
@@ -140,6 +142,42 @@ def test_two_processes_build_once(shop):
     paths = {process.communicate(timeout=60)[0] for process in both}
     assert len(paths) == 1 and Path(paths.pop().strip()).is_file()
     assert sorted((shop.root / "ran").read_text().split()) == ["a.cu", "b.cu", "bind.cpp", "link"]
+
+
+HOST_LIBRARY = dataclasses.replace(LIBRARY, name="host", device="cpu")
+
+
+def test_a_library_for_the_cpu_is_the_host_compilers(shop):
+    """Nothing of CUDA in its commands, and another processor is another library, the binding apart."""
+    settings = dict(library=HOST_LIBRARY, tools=shop.cpu_tools)
+    assert shop.build(arch="x86_64_1", **settings) == ["a.cu", "b.cu", "bind.cpp", "link"]
+    first = shop.path
+    assert first.parent.name.startswith("host-x86_64_1-") and shop.build(arch="x86_64_1", **settings) == []
+    said = [path.read_text().split("\n")[0] for path in (shop.root / "cache" / "logs").glob("*.log")]
+    assert len(said) == 4 and not any(word in line for line in said for word in ("-gencode", "-cudart", "-Xcompiler"))
+    assert sorted("-march=native" in line for line in said) == [False, False, True, True]
+    assert shop.build(arch="x86_64_2", **settings) == ["a.cu", "b.cu", "link"] and shop.path != first
+
+
+def test_a_processor_is_named_by_what_it_can_do(tmp_path, monkeypatch):
+    def name(text: str) -> str:
+        path = tmp_path / f"cpuinfo{len(list(tmp_path.iterdir()))}"
+        path.write_text(text)
+        return processor(path)
+
+    one = name("processor\t: 0\ncpu MHz\t: 12.1\nflags\t\t: fpu avx2 fma\n\nprocessor\t: 1\nflags\t\t: fma avx2 fpu\n")
+    assert one.startswith(platform.machine() + "_") and len(one) == len(platform.machine()) + 9
+    assert name("flags\t\t: avx2 fma fpu\ncpu MHz\t: 900\n") == one
+    assert name("flags\t\t: avx2 fma fpu avx512f\n") != one and name("Features\t: fp asimd\n") != one
+    assert name("cpu\t: POWER9\n") == processor(tmp_path / "nowhere") == ""
+
+
+def test_a_missing_host_compiler(monkeypatch):
+    monkeypatch.setattr(toolchain, "processor", lambda: "")
+    monkeypatch.setattr(toolchain.shutil, "which", lambda name: "/usr/bin/g++")
+    assert "/proc/cpuinfo does not say what this processor can do" in find_tools("cpu")[1]
+    monkeypatch.setattr(toolchain.shutil, "which", lambda name: None)
+    assert find_tools("cpu") == (None, f"there is no g++ on PATH: {toolchain.HOST_FIX}")
 
 
 @pytest.mark.parametrize("needs, cores, memory, expected", [
@@ -207,7 +245,7 @@ def sources_of_libraries(monkeypatch, tmp_path, shop):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NYBBLE_CACHE_DIR", str(tmp_path / "user"))
     monkeypatch.setattr(ops, "PACKAGED", tmp_path / "package")
-    monkeypatch.setattr(ops, "find_tools", lambda: (shop.tools, ""))
+    monkeypatch.setattr(ops, "find_tools", lambda device: (shop.tools if device == "cuda" else shop.cpu_tools, ""))
     return monkeypatch
 
 
@@ -224,7 +262,7 @@ def test_where_a_library_comes_from(sources_of_libraries, tmp_path):
     monkeypatch.delenv("NYBBLE_JIT")
     built = ops.obtain(PLAIN, "90a")
     assert (where().source, where().path) == ("cache", built)
-    monkeypatch.setattr(ops, "find_tools", lambda: (None, "no nvcc"))
+    monkeypatch.setattr(ops, "find_tools", lambda device: (None, "no nvcc"))
     assert where().path == built, "what was built is found where nothing can be built"
 
     for source in ("package", "folder"):
@@ -232,7 +270,7 @@ def test_where_a_library_comes_from(sources_of_libraries, tmp_path):
         monkeypatch.setenv("NYBBLE_KERNELS_DIR", str(tmp_path / "folder"))
         assert (where().source, where().path, where().missing) == (source, exported, None)
         assert exported.name == name
-    exported.rename(exported.with_name("nybble_plain-sm90a-0123456789abcdef.so"))
+    exported.rename(exported.with_name("nybble_plain-sm_90a-0123456789abcdef.so"))
     assert "0123456789abcdef.so, of other sources or for another device" in where().refusals["folder"]
 
 
@@ -274,6 +312,32 @@ except NotImplementedError as error:
 """
 
 
+CPU_LOADED = """
+import torch
+from nybble.csrc import ops
+from nybble.csrc.units import CPU
+assert all(ops.op_missing(op, torch.device("cpu")) is None for op in CPU.ops)
+for op in CPU.ops:
+    print(ops.load_op(op)._schema)
+out = torch.empty(1, 3)
+torch.ops.nybble.cpu_silu_mul(out, torch.tensor([[0.0, 1.0, 2.0, 3.0, 3.0, 3.0]]))
+print(ops.resolve(CPU, ops.library_arch(CPU)).source, out.tolist())
+"""
+
+
+@pytest.mark.timeout(300)
+def test_the_cpu_library_builds_without_nvcc_and_runs(tmp_path):
+    tools, reason = find_tools("cpu")
+    if tools is None:
+        pytest.skip(reason)
+    environ = {**os.environ, "PYTHONPATH": str(Path(nybble.__file__).parents[1]), "NYBBLE_CACHE_DIR": str(tmp_path),
+               "NYBBLE_NVCC": "/nowhere"}
+    done = subprocess.run([sys.executable, "-c", CPU_LOADED], capture_output=True, text=True, env=environ)
+    assert done.returncode == 0, done.stderr
+    assert all(f"nybble::{op}(" in done.stdout for op in CPU.ops)
+    assert "cache [[0.0, 2.19317" in done.stdout
+
+
 @pytest.mark.timeout(300)
 def test_the_plain_library_builds_and_loads_without_a_device(tmp_path):
     tools, reason = find_tools()
@@ -289,8 +353,8 @@ def test_the_plain_library_builds_and_loads_without_a_device(tmp_path):
 
 
 def test_a_toolkit_newer_than_torchs_is_refused(monkeypatch):
-    tools = Tools(nvcc=Path("nvcc"), torch=Path("torch"), cutlass=None, versions="Cuda compilation tools, release 13.0")
-    monkeypatch.setattr(ops, "find_tools", lambda: (tools, ""))
+    tools = CudaTools(nvcc=Path("nvcc"), torch=Path("torch"), versions="Cuda compilation tools, release 13.0")
+    monkeypatch.setattr(ops, "find_tools", lambda device: (tools, ""))
     for cuda, refused in ((None, False), ("13.0", False), ("12.8", True)):
         monkeypatch.setattr(torch.version, "cuda", cuda)
         assert ("nvcc is of CUDA 13" in ops._by_jit(PLAIN, "80")[1]) is refused

@@ -10,8 +10,8 @@ import pytest
 
 import nybble as package
 from nybble.csrc import build_cache, ops
-from nybble.csrc.toolchain import Tools
-from nybble.csrc.units import CUTLASS, PLAIN
+from nybble.csrc.toolchain import CpuTools, CudaTools, processor
+from nybble.csrc.units import CPU, CUTLASS, PLAIN
 from nybble.engine.cli import kernels, main
 
 FAKE_NVCC = """\
@@ -26,9 +26,10 @@ def machine(monkeypatch, tmp_path):
     nvcc = tmp_path / "nvcc"
     nvcc.write_text(FAKE_NVCC)
     nvcc.chmod(0o755)
-    tools = Tools(nvcc=nvcc, torch=tmp_path, cutlass=None, versions="1")
+    tools = {"cuda": CudaTools(nvcc=nvcc, torch=tmp_path, cutlass=None, versions="1"),
+             "cpu": CpuTools(cxx=nvcc, torch=tmp_path, versions="1")}
     for module in (ops, kernels):
-        monkeypatch.setattr(module, "find_tools", lambda: (tools, ""))
+        monkeypatch.setattr(module, "find_tools", lambda device: (tools[device], ""))
     monkeypatch.setattr(ops, "find_cutlass", lambda: (None, "no CUTLASS here"))
     monkeypatch.setattr(kernels, "cuda_devices", lambda: (0, "none"))
     monkeypatch.setattr(ops, "PACKAGED", tmp_path / "package")
@@ -51,7 +52,8 @@ def test_list(machine, nybble):
     assert code == 0
     assert "nybble_plain (sm_90a): not built yet" in out and "nybble_cutlass (sm_90a): not available" in out
     assert "jit      no: no CUTLASS here" in out
-    for unit in (*PLAIN.units, *CUTLASS.units):
+    assert f"nybble_cpu ({processor()}): not built yet" in out
+    for unit in (*PLAIN.units, *CPU.units, *CUTLASS.units):
         assert f"{unit.label} " in out and ", ".join(unit.ops) in out
 
 
@@ -70,6 +72,16 @@ def test_build_then_why(machine, nybble, tmp_path):
     assert code == 1 and out.splitlines()[-1] == "  jit      no: NYBBLE_JIT=0 forbids compiling"
 
 
+def test_a_library_for_the_cpu_is_for_this_processor(machine, nybble, tmp_path):
+    code, out, _ = nybble("build", "nybble_cpu", "--arch", "80", "--out", str(tmp_path / "out"))
+    built = tmp_path / "out" / build_cache.file_name(CPU, processor())
+    assert code == 0 and built.is_file() and str(built) in out
+    machine.setenv("NYBBLE_KERNELS_DIR", str(tmp_path / "out"))
+    code, out, _ = nybble("why", "cpu_attention")
+    assert code == 0
+    assert out.splitlines() == [f"cpu_attention of nybble_cpu for {processor()}", f"  folder   yes: {built}"]
+
+
 @pytest.mark.parametrize("argv, code, said", [
     (("why", "paged_atention_v1"), 2, "did you mean paged_attention_v1?"),
     (("build", "nybble_plane"), 2, "did you mean nybble_plain?"),
@@ -81,7 +93,7 @@ def test_mistakes(machine, nybble, argv, code, said):
 
 
 def test_no_compiler(machine, nybble):
-    machine.setattr(kernels, "find_tools", lambda: (None, "no nvcc in /usr/local/cuda/bin"))
+    machine.setattr(kernels, "find_tools", lambda device: (None, "no nvcc in /usr/local/cuda/bin"))
     code, _, err = nybble("build")
     assert code == 7 and "no nvcc in /usr/local/cuda/bin" in err
 

@@ -1,0 +1,32 @@
+// Arguments of the CPU's norm and gate, shared by their source and the binding.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu_threads.h"
+
+namespace nybble {
+
+// x [rows, width] with rows x_stride apart, out dense, all of type 0 float32, 1 bfloat16 or 2 float16.
+struct CpuNorm {
+  void* out;
+  void* total;           // x + residual; null without one
+  const void* x;
+  const void* residual;  // null: none
+  const void* weight;
+  int64_t rows, width, x_stride, residual_stride;
+  float eps;
+  int type;
+  Parallel parallel;
+};
+
+// x [rows, 2 width]: gates, then what they let through; out [rows, width] dense.
+struct CpuGate {
+  void* out;
+  const void* x;
+  int64_t rows, width, x_stride;
+  int type;
+  Parallel parallel;
+};
+
+}  // namespace nybble
