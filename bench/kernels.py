@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,10 +13,12 @@ import torch
 from torch import Tensor
 
 from ..csrc.contract import Bound, check_product
+from ..csrc.fp8_gemm import BY_SHAPE, CutlassFp8Kernel, fits, multiply
 from ..csrc.matrix import QuantizedMatrix
-from ..csrc.quantize import dequantize, quantize
+from ..csrc.quantize import Quantized, dequantize, quantize, triton_quantize
 from ..csrc.scheme import Activation, Scheme
 from ..csrc.select import LinearKernel, Problem
+from ..csrc.w4a16_gemm import MANY_TOKENS
 from ..engine.args import setting
 from ..engine.loader.kernels import linear_kernels, moe_backends
 from ..plugins.errors import UsageError
@@ -52,9 +55,9 @@ SCHEMES = {
 }
 # Hopper's FP8 products are summed in fewer bits than float32's 24; the worst element seen says how many.
 FP8_ACCUMULATE = 2.0**-17
-# Kernels that round dequantized weights to the inputs' dtype, those that round the quantized inputs back to it, and
-# those that never quantize them.
-ROUND_WEIGHTS = ("tiles", "cpu_int4", "cpu_int8")
+# Kernels that round dequantized weights to the inputs' dtype, and from how many tokens on; those that round the
+# quantized inputs back to it, and those that never quantize them.
+ROUND_WEIGHTS = {"tiles": 0, "cpu_int4": 0, "cpu_int8": 0, "triton_w4a16": MANY_TOKENS}
 ROUND_INPUTS = ("tiles",)
 KEEP_INPUTS = ("triton_w8a16",)
 
@@ -183,9 +186,27 @@ def run_layer(layer: str, label: str, scheme: Scheme, shape: tuple[int, int], ke
                 collector.fail(f"{case}/{name}/{tokens}", error)
         add("torch-plain", x, [partial(torch.nn.functional.linear, x, w) for w in products], plain.nbytes, "float",
             None)
+        for name, calls in scaled_products(made.get(CutlassFp8Kernel.name, ()), x).items():
+            add(name, x, calls, matrix.rows * matrix.columns, kind, None)
     for name, refusal in refusals.items():
         if refusal is not None:
             collector.absent[f"{case}/{name}"] = refusal
+
+
+def scaled_products(kernels: Sequence[LinearKernel], x: Tensor) -> dict[str, list[Callable[[], object]]]:
+    """FP8 products of inputs that are already rounded, by CUTLASS's tiles at any number of tokens, and by torch."""
+    calls: dict[str, list[Callable[[], object]]] = {"cutlass-scaled": [], "torch-scaled": []}
+    for kernel in kernels:
+        assert isinstance(kernel, CutlassFp8Kernel)
+        weights = kernel.weights
+        codes, scales = triton_quantize(x, kernel.activation, weights.get("input_scale"))
+        out = x.new_empty(len(x), kernel.rows)
+        calls["cutlass-scaled"].append(partial(kernel.gemm, out, codes, weights["codes"], scales, weights["scales"],
+                                               None, BY_SHAPE, kernel.multiprocessors))
+        if fits(kernel.rows, x.dtype, x.device):
+            rounded = Quantized(codes=codes, scales=scales, dtype=x.dtype)
+            calls["torch-scaled"].append(partial(multiply, rounded, weights["codes"], weights["scales"], None))
+    return {name: each for name, each in calls.items() if each}
 
 
 def _copies(make: Callable[[], LinearKernel], device: torch.device) -> list[LinearKernel]:
@@ -197,7 +218,8 @@ def _copies(make: Callable[[], LinearKernel], device: torch.device) -> list[Line
 
 def check(kernel: LinearKernel, scheme: Scheme, matrix: QuantizedMatrix, x: Tensor, weight: Tensor) -> float:
     """The worst error of an output as a share of its bound (`csrc/contract.py`)."""
-    actual, bound = kernel(x), Bound(weights=x.dtype if kernel.name in ROUND_WEIGHTS else None)
+    rounds = len(x) >= ROUND_WEIGHTS.get(kernel.name, math.inf)
+    actual, bound = kernel(x), Bound(weights=x.dtype if rounds else None)
     if scheme.activation is not None and kernel.name not in KEEP_INPUTS:
         x = dequantize(*quantize(x, scheme.activation, matrix.input_scale), scheme.activation)
         if kernel.name in ROUND_INPUTS:

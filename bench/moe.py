@@ -18,6 +18,7 @@ from ..engine.args import setting
 from ..moe import Backends, Expert, Experts, MoEProblem
 from ..moe.backend import PLAIN
 from ..moe.fused import FusedBackend
+from ..moe.many_rows import ManyRows
 from ..moe.reference import ReferenceBackend
 from ..plugins.errors import UsageError
 from ..quant import LayerShape, Linear, Part, Unquantized
@@ -198,6 +199,7 @@ def random_backend(scheme: Scheme | None, shape: tuple[int, int, int, int], devi
                 stack.put(number, weight)
         setattr(backend, name, stack)
         backend.tensors = {**backend.tensors, **{f"{name}.{key}": tensor for key, tensor in stack.tensors.items()}}
+    backend.many_rows = ManyRows.over(backend.gate, backend.up, backend.down, problem.dtype, device)
     return backend
 
 

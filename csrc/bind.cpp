@@ -7,14 +7,19 @@
 extern "C" {
 int nybble_fp8_few_rows(void* out, const void* x, const void* w, const float* x_scale, const float* w_scale,
                         const void* bias, int m, int n, int k, int per_token, int per_channel, int half, cudaStream_t);
+int nybble_fp8_few_rows_rounding(void* out, const void* x, const void* w, const float* static_scale,
+                                 const float* w_scale, const void* bias, int m, int n, int k, int per_channel, int half,
+                                 cudaStream_t);
 int nybble_w4_few_rows(void* out, const void* x, const void* codes, const void* scales, const void* zeros,
                        const void* bias, int m, int n, int k, int blocks, int blocks_per_group, int zero, int half,
                        int scale_type, cudaStream_t);
 int nybble_w4_experts(void* out, const void* x, const int* slots, const int* tile_experts, const void* codes,
                       const void* scales, const void* zeros, const void* up_codes, const void* up_scales,
-                      const void* up_zeros, int tiles, int rows_per_slot, int n, int k, int blocks,
-                      int blocks_per_group, int zero, int64_t code_bytes, int64_t table, int half, int scale_type,
-                      cudaStream_t);
+                      const void* up_zeros, int tiles, int tile_slots, int most, int rows_per_slot, int n, int k,
+                      int blocks, int blocks_per_group, int zero, int64_t code_bytes, int64_t table, int half,
+                      int scale_type, cudaStream_t);
+int nybble_silu_mul_fp8(void* codes, float* scales, const void* x, const float* static_scale, int64_t x_row, int rows,
+                        int width, int half, cudaStream_t);
 int nybble_paged_attention_v1(const PagedAttention*, cudaStream_t);
 int nybble_paged_attention_v2(const PagedAttention*, cudaStream_t);
 int nybble_reshape_and_cache(const void* k, const void* v, void* cache, const int64_t* slots, int64_t tokens,
@@ -133,6 +138,38 @@ void fp8_few_rows(Tensor out, Tensor x, Tensor w, Tensor x_scale, Tensor w_scale
         "fp8_few_rows");
 }
 
+void fp8_few_rows_rounding(Tensor out, Tensor x, Tensor w, std::optional<Tensor> static_scale, Tensor w_scale,
+                           std::optional<Tensor> bias) {
+  int64_t m = x.size(0), n = w.size(0), w_count = w_scale.numel() == 1 ? 1 : n;
+  check_codes(w, 2, "w");
+  STD_TORCH_CHECK(is_bf16(x) || x.scalar_type() == ScalarType::Half, "x must be float16 or bfloat16");
+  STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && x.size(1) == w.size(1) && out.dim() == 2 &&
+                      out.is_contiguous() && out.size(0) == m && out.size(1) == n &&
+                      out.scalar_type() == x.scalar_type(),
+                  "out [M, N] = x [M, K] w [N, K]^T must be dense, x and out of one dtype");
+  STD_TORCH_CHECK(!bias || (bias->scalar_type() == out.scalar_type() && bias->numel() == n && bias->is_contiguous()),
+                  "bias must be [N] of out's dtype");
+  check(nybble_fp8_few_rows_rounding(out.mutable_data_ptr(), x.const_data_ptr(), w.const_data_ptr(),
+                                     static_scale ? floats(*static_scale, 1, "static_scale") : nullptr,
+                                     floats(w_scale, w_count, "w_scale"), bias ? bias->const_data_ptr() : nullptr,
+                                     static_cast<int>(m), static_cast<int>(n), static_cast<int>(x.size(1)),
+                                     w_count != 1, !is_bf16(x), stream_of(out)),
+        "fp8_few_rows_rounding");
+}
+
+void silu_mul_fp8(Tensor codes, Tensor scales, Tensor x, std::optional<Tensor> static_scale) {
+  check_codes(codes, 2, "codes");
+  STD_TORCH_CHECK(is_bf16(x) || x.scalar_type() == ScalarType::Half, "x must be float16 or bfloat16");
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(0) == codes.size(0) && x.size(1) == 2 * codes.size(1) && x.stride(1) == 1,
+                  "x must be [T, 2 D], codes [T, D], rows dense");
+  floats(scales, codes.size(0), "scales");
+  check(nybble_silu_mul_fp8(codes.mutable_data_ptr(), static_cast<float*>(scales.mutable_data_ptr()),
+                            x.const_data_ptr(), static_scale ? floats(*static_scale, 1, "static_scale") : nullptr,
+                            x.stride(0), static_cast<int>(x.size(0)), static_cast<int>(codes.size(1)), !is_bf16(x),
+                            stream_of(x)),
+        "silu_mul_fp8");
+}
+
 void w4_few_rows(Tensor out, Tensor x, Tensor codes, Tensor scales, std::optional<Tensor> zeros,
                  std::optional<Tensor> bias, int64_t blocks_per_group, int64_t zero) {
   STD_TORCH_CHECK(is_bf16(x) || x.scalar_type() == ScalarType::Half, "x must be float16 or bfloat16");
@@ -161,14 +198,18 @@ void w4_few_rows(Tensor out, Tensor x, Tensor codes, Tensor scales, std::optiona
 
 void w4_experts(Tensor out, Tensor x, Tensor slots, Tensor tiles, Tensor codes, Tensor scales,
                 std::optional<Tensor> zeros, std::optional<Tensor> up_codes, std::optional<Tensor> up_scales,
-                std::optional<Tensor> up_zeros, int64_t rows_per_slot, int64_t blocks_per_group, int64_t zero) {
+                std::optional<Tensor> up_zeros, int64_t most, int64_t rows_per_slot, int64_t blocks_per_group,
+                int64_t zero) {
   STD_TORCH_CHECK(is_bf16(x) || x.scalar_type() == ScalarType::Half, "x must be float16 or bfloat16");
   STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && out.dim() == 2 && out.is_contiguous() &&
                       out.scalar_type() == x.scalar_type() && x.size(0) * rows_per_slot >= out.size(0),
                   "x and out [slots, N] must be dense and of one dtype");
   for (const Tensor* t : {&slots, &tiles})
     STD_TORCH_CHECK(t->scalar_type() == ScalarType::Int && t->is_contiguous(), "slots and tiles must be dense int32");
-  STD_TORCH_CHECK(slots.numel() == 16 * tiles.numel(), "a tile has 16 slots");
+  int64_t const tile_slots = tiles.numel() ? slots.numel() / tiles.numel() : 8;
+  STD_TORCH_CHECK((tile_slots == 8 || tile_slots == 16) && slots.numel() == tile_slots * tiles.numel(),
+                  "a tile has 8 or 16 slots");
+  STD_TORCH_CHECK(most > 0 && most <= tile_slots, "a tile has 1 to ", tile_slots, " slots that are not padding");
   int64_t n = out.size(1), count = codes.size(0), blocks = codes.size(2);
   int64_t groups = blocks_per_group ? (blocks + blocks_per_group - 1) / blocks_per_group : 1;
   auto check_matrix = [&](const Tensor& c, const Tensor& s, const std::optional<Tensor>& z) {
@@ -186,8 +227,8 @@ void w4_experts(Tensor out, Tensor x, Tensor slots, Tensor tiles, Tensor codes, 
   check(nybble_w4_experts(out.mutable_data_ptr(), x.const_data_ptr(), static_cast<const int*>(slots.const_data_ptr()),
                           static_cast<const int*>(tiles.const_data_ptr()), codes.const_data_ptr(),
                           scales.const_data_ptr(), data(zeros), data(up_codes), data(up_scales), data(up_zeros),
-                          static_cast<int>(tiles.numel()), static_cast<int>(rows_per_slot), static_cast<int>(n),
-                          static_cast<int>(x.size(1)), static_cast<int>(blocks), static_cast<int>(blocks_per_group),
+                          static_cast<int>(tiles.numel()), static_cast<int>(tile_slots),
+                          static_cast<int>(most), static_cast<int>(rows_per_slot), static_cast<int>(n), static_cast<int>(x.size(1)), static_cast<int>(blocks), static_cast<int>(blocks_per_group),
                           static_cast<int>(zero), codes.stride(0), groups * n, !is_bf16(x), scale_type(scales),
                           stream_of(out)),
         "w4_experts");
@@ -197,11 +238,14 @@ void w4_experts(Tensor out, Tensor x, Tensor slots, Tensor tiles, Tensor codes, 
 
 STABLE_TORCH_LIBRARY_FRAGMENT(nybble, m) {
   m.def("w4_experts(Tensor(a!) out, Tensor x, Tensor slots, Tensor tiles, Tensor codes, Tensor scales, "
-        "Tensor? zeros, Tensor? up_codes, Tensor? up_scales, Tensor? up_zeros, int rows_per_slot, "
+        "Tensor? zeros, Tensor? up_codes, Tensor? up_scales, Tensor? up_zeros, int most, int rows_per_slot, "
         "int blocks_per_group, int zero) -> ()");
   m.def("w4_few_rows(Tensor(a!) out, Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, "
         "int blocks_per_group, int zero) -> ()");
   m.def("fp8_few_rows(Tensor(a!) out, Tensor x, Tensor w, Tensor x_scale, Tensor w_scale, Tensor? bias) -> ()");
+  m.def("fp8_few_rows_rounding(Tensor(a!) out, Tensor x, Tensor w, Tensor? static_scale, Tensor w_scale, "
+        "Tensor? bias) -> ()");
+  m.def("silu_mul_fp8(Tensor(a!) codes, Tensor(b!) scales, Tensor x, Tensor? static_scale) -> ()");
   m.def(
       "paged_attention_v1(Tensor(a!) out, Tensor q, Tensor cache, Tensor block_table, Tensor seq_lens, float scale, "
       "int window, float k_scale, float v_scale) -> ()");
@@ -217,6 +261,8 @@ STABLE_TORCH_LIBRARY_IMPL(nybble, CUDA, m) {
   m.impl("w4_experts", TORCH_BOX(&w4_experts));
   m.impl("w4_few_rows", TORCH_BOX(&w4_few_rows));
   m.impl("fp8_few_rows", TORCH_BOX(&fp8_few_rows));
+  m.impl("fp8_few_rows_rounding", TORCH_BOX(&fp8_few_rows_rounding));
+  m.impl("silu_mul_fp8", TORCH_BOX(&silu_mul_fp8));
   m.impl("paged_attention_v1", TORCH_BOX(&paged_attention_v1));
   m.impl("paged_attention_v2", TORCH_BOX(&paged_attention_v2));
   m.impl("reshape_and_cache", TORCH_BOX(&reshape_and_cache));

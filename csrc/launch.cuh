@@ -16,29 +16,37 @@ __device__ inline uint4 read_once(uint8_t const* p) {
   return v;
 }
 
-// Before it only weights may be read: the kernel that makes the inputs may still run.
+// Before it only weights may be read: the kernel that makes the inputs may still run. The kernel behind this one may be
+// launched from here on; it waits in its turn.
 __device__ inline void wait_for_inputs() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 
-// Launches a kernel that calls wait_for_inputs; on devices without early starts as any other.
+// Launches a kernel that calls wait_for_inputs; on devices without early starts as any other. `cluster` blocks next to
+// each other share their memory; more than one are for compute capability 9.0 and later.
 template <typename Args>
-cudaError_t launch_early(void (*kernel)(Args), Args const& args, dim3 grid, int threads, cudaStream_t stream) {
+cudaError_t launch_early(void (*kernel)(Args), Args const& args, dim3 grid, int threads, cudaStream_t stream,
+                         int shared_bytes = 0, int cluster = 1) {
   int device = 0, major = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (error != cudaSuccess) return error;
-  cudaLaunchAttribute early[1];
-  early[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early[0].val.programmaticStreamSerializationAllowed = 1;
+  if (cluster > 1 && major < 9) return cudaErrorNotSupported;
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = cluster, attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = early;
-  config.numAttrs = major >= 9 ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = major < 9 ? 0 : cluster > 1 ? 2 : 1;
   return cudaLaunchKernelEx(&config, kernel, args);
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -28,6 +29,15 @@ def missing(device: torch.device, needed: tuple[int, int]) -> str | None:
         have, want = (".".join(map(str, c)) for c in (found, needed))
         return f"needs compute capability {want}, this device has {have}"
     return None
+
+
+@cache
+def early(device: torch.device) -> dict[str, bool]:
+    """Launch settings of a Triton kernel whose first line is `triton_early.start_early`: from Hopper on it is launched
+    while the one before it still runs, so that nothing lies between them but the wait for its results."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
+        return {"EARLY": True, "launch_pdl": True}
+    return {"EARLY": False}
 
 
 def lacks_fp8(device: torch.device) -> bool:

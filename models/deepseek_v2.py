@@ -8,11 +8,12 @@ from torch import nn
 
 from ..moe import MoEBlock, Routing
 from ..plugins.errors import CheckpointError
+from ..quant import SplitLinear
 from .decoder import DecoderLayer, HubDecoderLM
 from .fields import Fields
 from .layers import GatedMLP
 from .make import Make
-from .mla import LatentSelfAttention, MLAAttention, softmax_scale
+from .mla import LatentQuery, LatentSelfAttention, MLAAttention, softmax_scale
 from .rope import ROTARY_TABLES, RopeConfig
 
 # The norms of the latents keep their class's own epsilon, whatever rms_norm_eps says.
@@ -133,19 +134,22 @@ def deepseek_layer(index: int, c: DeepseekV2Config, make: Make) -> DecoderLayer:
 
 def latent_attention(index: int, c: DeepseekV2Config, make: Make) -> LatentSelfAttention:
     q_size, tail = c.heads * (c.nope + c.rotated), ("kv_a_proj_with_mqa", c.kv_lora + c.rotated)
-    if c.q_lora is None:
-        q, q_norm = make.linear("q_proj", c.hidden, q_size), None
-        parts = [tail]
+    up = None
+    if c.q_lora is not None:
+        up = LatentQuery(make.norm("q_a_layernorm", c.q_lora, LATENT_EPS), make.linear("q_b_proj", c.q_lora, q_size))
+        down = make.fused([("q_a_proj", c.q_lora), tail], c.hidden, bias=c.attention_bias)
+    elif c.attention_bias:  # which q_proj has not
+        parts = [make.linear("q_proj", c.hidden, q_size), make.linear(tail[0], c.hidden, tail[1], bias=True)]
+        down = SplitLinear(parts)
     else:
-        q, q_norm = make.linear("q_b_proj", c.q_lora, q_size), make.norm("q_a_layernorm", c.q_lora, LATENT_EPS)
-        parts = [("q_a_proj", c.q_lora), tail]
+        down = make.fused([("q_proj", q_size), tail], c.hidden)
     attn = MLAAttention(
         index, make.dense("kv_b_proj", c.kv_lora, c.heads * (c.nope + c.v_head_dim)), num_heads=c.heads,
         qk_nope_head_dim=c.nope, qk_rope_head_dim=c.rotated, kv_lora_rank=c.kv_lora, v_head_dim=c.v_head_dim,
         scale=c.scale, interleaved=c.interleaved, prefix=make.prefix,
     )
     return LatentSelfAttention(
-        q=q, q_norm=q_norm, kv_a=make.fused(parts, c.hidden, bias=c.attention_bias),
+        down=down, up=up,
         kv_norm=make.norm("kv_a_layernorm", c.kv_lora, LATENT_EPS), attn=attn,
         out=make.linear("o_proj", c.heads * c.v_head_dim, c.hidden, bias=c.attention_bias),
     )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from ..csrc.launch import missing
-from ..csrc.norm_rope import fused_rms_norm, fused_silu_mul, rms_norm, silu_mul
+from ..csrc.norm_rope import fused_rms_norm, fused_silu_mul, rms_norm_for, silu_mul, silu_mul_for
 from ..csrc.quantize import Quantized, Rounding
 from ..quant import FLOAT_SOURCES, Slot, shared_rounding
 
@@ -26,20 +26,26 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.name, self.eps = name, eps
         self.fused = missing(device, CAPABILITY) is None
+        self._plain = rms_norm_for(device)
         self._rounding: Rounding | None = None
+        self._keep = False
         self.weight = torch.empty(size, dtype=dtype, device=device)
 
     def slots(self) -> Iterator[Slot]:
         yield Slot(name=f"{self.name}.weight", target=self.weight)
 
     def feed(self, *consumers: nn.Module) -> None:
-        """From now on round for the modules that take the normed values, if all of them want the same."""
+        """From now on round for the modules that take the normed values, if all of them want the same.
+
+        One with an attribute `keeps_values` is given them before they were rounded, too.
+        """
         self._rounding = shared_rounding(consumers) if self.fused else None
+        self._keep = any(getattr(consumer, "keeps_values", False) for consumer in consumers)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor | Quantized, Tensor]:
         if self.fused:
-            return fused_rms_norm(x, self.weight, self.eps, residual, self._rounding)
-        return rms_norm(x, self.weight, self.eps, residual)
+            return fused_rms_norm(x, self.weight, self.eps, residual, self._rounding, self._keep)
+        return self._plain(x, self.weight, self.eps, residual)
 
 
 class Embedding(nn.Module):
@@ -78,6 +84,7 @@ class GatedMLP(nn.Module):
         super().__init__()
         self.gate_up, self.down = gate_up, down
         self._fused = False
+        self._plain: Callable[[Tensor], Tensor] = silu_mul
         self._inner: Rounding | None = None
 
     @property
@@ -86,12 +93,13 @@ class GatedMLP(nn.Module):
 
     def connect(self) -> None:
         """Join what lies between the products in one launch, and round there for the second one."""
-        self._fused = missing(getattr(self.gate_up, "device", torch.device("cpu")), CAPABILITY) is None
+        device = getattr(self.gate_up, "device", torch.device("cpu"))
+        self._fused, self._plain = missing(device, CAPABILITY) is None, silu_mul_for(device)
         self._inner = shared_rounding([self.down])
 
     def forward(self, x: Tensor | Quantized) -> Tensor:
         if self._fused:
             return self.down(fused_silu_mul(self.gate_up(x), self._inner))
-        return self.down(silu_mul(self.gate_up(x)))
+        return self.down(self._plain(self.gate_up(x)))
 
 

@@ -75,36 +75,42 @@ class MLAAttention(AttentionLayer):
         return f"{self.num_heads} heads of {self.head_dim} over rows of {self.kv_shape[2]}"
 
 
+class LatentQuery(nn.Module):
+    """A latent query's norm, then the product that makes queries of it."""
+
+    def __init__(self, norm: RMSNorm, project: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.project = norm, project
+
+    def connect(self) -> None:
+        self.norm.feed(self.project)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.project(self.norm(x)[0])
+
+
 class LatentSelfAttention(nn.Module):
-    """Query projection, down-projection to latent and key, attention, output projection.
+    """Projection to query, latent and key, attention, output projection.
 
     Args:
-        q: hidden -> queries; with `q_norm`, latent query -> queries.
-        kv_a: hidden -> (latent, k_pe), or with `q_norm` (latent query, latent, k_pe) in one product.
-        q_norm: of the latent query, where the checkpoint has one.
+        down: hidden -> (queries, latent, k_pe), or (latent query, latent, k_pe) where there is `up`.
+        up: latent query -> queries.
     """
 
-    def __init__(self, *, q: nn.Module, q_norm: RMSNorm | None, kv_a: nn.Module, kv_norm: RMSNorm, attn: MLAAttention,
+    def __init__(self, *, down: nn.Module, up: LatentQuery | None, kv_norm: RMSNorm, attn: MLAAttention,
                  out: nn.Module) -> None:
         super().__init__()
-        self.q, self.q_norm, self.kv_a, self.kv_norm, self.attn, self.out = q, q_norm, kv_a, kv_norm, attn, out
+        self.down, self.up, self.kv_norm, self.attn, self.out = down, up, kv_norm, attn, out
 
     @property
     def rounding(self) -> Rounding | None:
-        return shared_rounding([self.kv_a] if self.q_norm is not None else [self.q, self.kv_a])
-
-    def connect(self) -> None:
-        if self.q_norm is not None:
-            self.q_norm.feed(self.q)
+        return shared_rounding([self.down])
 
     def forward(self, x: Tensor | Quantized, rope: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
-        tail = (self.attn.kv_lora_rank, self.attn.qk_rope_head_dim)
-        if self.q_norm is None:
-            q, (latent, k_pe) = self.q(x), self.kv_a(x).split(tail, dim=-1)
-        else:
-            down = self.kv_a(x)
-            q, latent, k_pe = down.split((down.shape[-1] - sum(tail), *tail), dim=-1)
-            q = self.q(self.q_norm(q)[0])
+        tail, down = (self.attn.kv_lora_rank, self.attn.qk_rope_head_dim), self.down(x)
+        q, latent, k_pe = down.split((down.shape[-1] - sum(tail), *tail), dim=-1)
+        if self.up is not None:
+            q = self.up(q)
         return self.out(self.attn(q, latent, k_pe, rope, batch, norm=self.kv_norm))
 
 

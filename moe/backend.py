@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..csrc.matrix import QuantizedMatrix
+from ..csrc.quantize import Quantized, Rounding
 from ..csrc.scheme import Scheme
 from ..csrc.select import Choice, choose
 from ..quant import Linear, SplitLinear
@@ -69,6 +70,8 @@ class MoEBackend(ABC):
     name: ClassVar[str]
     priority: ClassVar[int] = 0
     tensors: Mapping[str, Tensor]
+    rounding: Rounding | None = None
+    """How `run_rounded` takes inputs; None: not at all."""
 
     @classmethod
     @abstractmethod
@@ -97,6 +100,11 @@ class MoEBackend(ABC):
         """
         out = self(x, weights, experts).to(x.dtype)
         return out if beside is None else out + beside
+
+    def run_rounded(self, x: Quantized, weights: Tensor, experts: Tensor, beside: Tensor | None) -> Tensor:
+        """`run_all` of inputs that were rounded before, as `rounding` says; their values are there, too."""
+        assert x.values is not None
+        return self.run_all(x.values, weights, experts, beside)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..csrc.fp8_gemm import channel_scales, cutlass_missing, scheme_refusal, shape_refusal
 from ..csrc.moe_gemm import CodedStack
 from ..csrc.moe_gemm.grouped import GroupedFp8, add_rows, scatter_quantized, silu_quantized, sort_slots
+from ..csrc.quantize import Quantized
 from ..csrc.scheme import Activation, Scheme
 from ..quant import Linear
 from .backend import PLAIN, Expert, MoEBackend, MoEProblem
@@ -31,7 +32,7 @@ class FewRows(FusedBackend):
     def __init__(self, gate: CodedStack, up: CodedStack, down: CodedStack) -> None:
         self.count, self.intermediate = gate.count, gate.shape[0]
         self.gate, self.up, self.down = gate, up, down
-        self.tensors = {}
+        self.rounding, self.tensors = gate.rounding, {}
 
 
 class CutlassBackend(MoEBackend):
@@ -69,6 +70,7 @@ class CutlassBackend(MoEBackend):
             self._fill("down", number, [below])
         self.gemm = GroupedFp8(count, problem.device)
         self.few = self._few_rows(problem)
+        self.rounding = None if self.few is None else self.few.rounding
 
     def _few_rows(self, problem: MoEProblem) -> FewRows | None:
         """None where a row is not a whole number of Triton's blocks."""
@@ -99,12 +101,17 @@ class CutlassBackend(MoEBackend):
     def run_all(self, x: Tensor, weights: Tensor, experts: Tensor, beside: Tensor | None) -> Tensor:
         return self._run(x, weights, experts, x.dtype, beside)
 
-    def _run(self, x: Tensor, weights: Tensor, experts: Tensor, dtype: torch.dtype, beside: Tensor | None) -> Tensor:
+    def run_rounded(self, x: Quantized, weights: Tensor, experts: Tensor, beside: Tensor | None) -> Tensor:
+        assert x.values is not None
+        return self._run(x.values, weights, experts, x.dtype, beside, x)
+
+    def _run(self, x: Tensor, weights: Tensor, experts: Tensor, dtype: torch.dtype, beside: Tensor | None,
+             rounded: Quantized | None = None) -> Tensor:
         if not experts.numel():
             return x.new_zeros(x.shape, dtype=dtype)
         mine, count = self.tensors, len(self.tensors["down.codes"])
         if self.few is not None and experts.numel() <= FEW_ROWS * count:
-            return self.few._run(x, weights, experts, dtype, beside)
+            return self.few._run(x, weights, experts, dtype, beside, rounded)
         rows = sort_slots(experts.contiguous(), count)
         codes, scales = scatter_quantized(x.contiguous(), rows)
         gate_up = self.gemm(codes, scales, mine["gate_up.codes"], mine["gate_up.scales"], rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -13,11 +14,14 @@ from ..csrc.launch import Tile, missing, tile_for
 from ..csrc.matrix import QuantizedMatrix
 from ..csrc.moe_gemm import CodedStack, PackedStack, Stack
 from ..csrc.moe_route import align, combine
+from ..csrc.quantize import Quantized
 from ..csrc.scheme import Activation, Scheme
 from ..csrc.w4a16_gemm.packing import MIN_BLOCK, block_of
 from .backend import PLAIN, Expert, MoEBackend, MoEProblem
+from .many_rows import ManyRows
 
 # By the slots that an expert has on average: more of them than that only pad.
+FEW_TOKENS = 8
 TILES = (Tile(n=64, m=16, warps=4, stages=4), Tile(n=64, m=32, warps=4, stages=4), Tile(n=64, m=64, warps=4, stages=4),
          Tile(n=128, m=64, warps=8, stages=3))
 
@@ -27,10 +31,13 @@ class FusedBackend(MoEBackend):
 
     8-bit inputs are rounded per token or group. A static input scale, which differs between experts, is left aside:
     inputs stay in 16 bits then, nearer to the exact product. Sums are float32, without atomics: the same every time.
+    Unsigned codes and 16-bit weights of experts that have many rows are multiplied by torch (moe/many_rows.py).
     """
 
     name: ClassVar[str] = "fused"
     priority: ClassVar[int] = 10
+    many_rows: ManyRows | None = None
+    small_tiles: bool = False
 
     @classmethod
     def supports(cls, problem: MoEProblem) -> str | None:
@@ -56,6 +63,9 @@ class FusedBackend(MoEBackend):
                     stack.put(number, matrix)
             for linear in expert.linears():
                 linear.release(0)
+        self.many_rows = ManyRows.over(self.gate, self.up, self.down, problem.dtype, problem.device)
+        self.rounding = self.gate.rounding
+        self.small_tiles = all(stack.small_tiles for stack in (self.gate, self.up, self.down))
         self.tensors = {f"{name}.{key}": tensor
                         for name, stack in (("gate", self.gate), ("up", self.up), ("down", self.down))
                         for key, tensor in stack.tensors.items()}
@@ -71,16 +81,25 @@ class FusedBackend(MoEBackend):
     def run_all(self, x: Tensor, weights: Tensor, experts: Tensor, beside: Tensor | None) -> Tensor:
         return self._run(x, weights, experts, x.dtype, beside)
 
-    def _run(self, x: Tensor, weights: Tensor, experts: Tensor, dtype: torch.dtype, beside: Tensor | None) -> Tensor:
+    def run_rounded(self, x: Quantized, weights: Tensor, experts: Tensor, beside: Tensor | None) -> Tensor:
+        assert x.values is not None
+        return self._run(x.values, weights, experts, x.dtype, beside, x)
+
+    def _run(self, x: Tensor, weights: Tensor, experts: Tensor, dtype: torch.dtype, beside: Tensor | None,
+             rounded: Quantized | None = None) -> Tensor:
         tokens, top_k = experts.shape
         slots = tokens * top_k
         if not slots:
             return x.new_zeros(x.shape, dtype=dtype)
         x, experts, weights = x.contiguous(), experts.contiguous(), weights.contiguous()
+        if self.many_rows is not None and slots >= self.many_rows.least_slots:
+            return self.many_rows.run(x, weights, experts, dtype, beside)
         tile = tile_for(-(-slots // self.count), TILES)
+        if tokens <= FEW_TOKENS and self.small_tiles:  # no expert has more slots than there are tokens
+            tile = replace(tile, m=FEW_TOKENS)
         layout = align(experts, self.count, tile.m)
         hidden = x.new_empty(slots, self.intermediate)
-        self.gate.run(x, layout, hidden, tile, rows_per_slot=top_k, up=self.up)
+        self.gate.run(x if rounded is None else rounded, layout, hidden, tile, rows_per_slot=top_k, up=self.up)
         y = x.new_empty(slots, x.shape[1])
         self.down.run(hidden, layout, y, tile, rows_per_slot=1, up=None)
         return combine(y, weights, experts, dtype=dtype, beside=beside)

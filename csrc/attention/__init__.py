@@ -11,7 +11,7 @@ from .mla_reference import (
     project_values,
     write_rows,
 )
-from .paged import AttentionTile, Ragged, attend_latent, attend_paged, attend_plain
+from .paged import AttentionTile, Ragged, attend_latent, attend_paged, attend_plain, rope_and_attend
 from .reference import attend, causal_mask, gather_kv, write_kv
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "latent_and_cache",
     "latent_and_cache_reference",
     "project_values",
+    "rope_and_attend",
     "rope_and_cache",
     "rope_and_cache_reference",
     "rotate_latent",

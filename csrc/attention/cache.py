@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..launch import early
 from ..norm_rope import rms_norm, rotary
 from .reference import write_kv
 
@@ -41,7 +42,8 @@ def store_kv(cache: Tensor, k: Tensor, v: Tensor | None, slots: Tensor, *, k_sca
     store_kernel[(tokens, -(-heads // block))](
         k, value, planes[0], planes[-1], slots, k.stride(0), k.stride(1), value.stride(0), value.stride(1),
         planes.stride(1), planes.stride(2), k_scale, v_scale,
-        KV_HEADS=heads, D=width, D_PAD=padded, HAS_V=v is not None, FP8=_is_fp8(cache), BLOCK_H=block)
+        KV_HEADS=heads, D=width, D_PAD=padded, HAS_V=v is not None, FP8=_is_fp8(cache), BLOCK_H=block,
+        **early(k.device))
 
 
 def rope_and_cache(qkv: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, slots: Tensor, *, heads: int,
@@ -67,7 +69,7 @@ def rope_and_cache(qkv: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, slots: 
         qkv, cos, sin, q_weight, k_weight, q, planes[0], planes[1], slots, qkv.stride(0), cos.stride(0),
         planes.stride(1), planes.stride(2), k_scale, v_scale, eps,
         HEADS=heads, KV_HEADS=kv_heads, D=width, HALF_PAD=half, HAS_NORM=norms is not None, FP8=_is_fp8(cache),
-        BLOCK_H=block)
+        BLOCK_H=block, **early(qkv.device))
     return q
 
 

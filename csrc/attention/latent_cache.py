@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..launch import early
 from ..norm_rope import rms_norm, rotary
 from ..quantize import Rounding, code_settings, fake_quantize
 from .mla_reference import write_rows
@@ -43,7 +44,8 @@ def latent_and_cache(q: Tensor, latent: Tensor, k_pe: Tensor, cos: Tensor, sin: 
             k_pe.stride(0), cos.stride(0), cache.stride(2), eps, kv_scale, HEADS=heads, N=nope, R=rotated, C=width,
             INTERLEAVED=interleaved, QUANTIZE=rounding is not None, FP8=cache.dtype == torch.float8_e4m3fn,
             FINITE=torch.finfo(q.dtype).max, ROWS=_pow2(-(-width // group)), BLOCK=_pow2(group), GROUP=group,
-            HALF_PAD=half, BLOCK_H=block_h, **code_settings(None if rounding is None else rounding.activation))
+            HALF_PAD=half, BLOCK_H=block_h, **early(q.device),
+            **code_settings(None if rounding is None else rounding.activation))
     return q.unflatten(-1, (heads, -1))[..., :nope], q_pe
 
 

@@ -56,7 +56,9 @@ def absorb(q_nope: Tensor, w_uk: Tensor) -> Tensor:
 
 def project_values(context: Tensor, w_uv: Tensor) -> Tensor:
     """Averaged latents [Q, H, C] through w_uv: [Q, H, V]."""
-    return torch.bmm(context.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)
+    out = context.new_empty(*context.shape[:2], w_uv.shape[1])
+    torch.bmm(context.transpose(0, 1), w_uv.transpose(1, 2), out=out.transpose(0, 1))  # heads behind tokens: no copy
+    return out
 
 
 def attend_rows(q: Tensor, rows: Tensor, latent: int, *, scale: float) -> Tensor:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..launch import multiprocessors
+from ..launch import early, multiprocessors
+from .cache import HeadNorms
 
 LOG2E = 1.4426950408889634
 # The smallest side of a matrix product in Triton.
@@ -15,8 +16,9 @@ MIN_DOT = 16
 # Programs for each multiprocessor that splits of the keys are to bring about, and the most splits.
 WAVES = 2
 MAX_SPLITS = 64
-# Fewest keys of a split: below it, writing the parts costs more than a split gains in reading keys.
-MIN_SHARE = 128
+# Fewest keys of a split: what a program reads at once. One request's attention to 200 keys took 6.4 us on an H100, with
+# 128 keys a split 7.6.
+MIN_SHARE = 64
 # Values of one program of the merge, by head width.
 MERGE_WIDTH = 64
 # Shared memory of a multiprocessor that no program can have, in bytes.
@@ -54,9 +56,10 @@ class AttentionTile:
 
 
 # By reasoning for an H100 (227 KiB of shared memory a program, wgmma from 64 rows on), and what its compiler makes of
-# them: one query a request wants small programs with deep pipelines, a prompt large tiles. Latent tiles have few rows,
-# since a program holds their sums, 512 wide, in registers.
-TILES = (AttentionTile(m=16, n=64, warps=4, stages=5), AttentionTile(m=64, n=64, warps=4, stages=3),
+# them: a prompt wants large tiles, and one query a request small programs, of which several find room on a
+# multiprocessor (32 requests of 200 keys: 15.5 us, with 4 warps and 5 stages 19.3). Latent tiles have few rows, since a
+# program holds their sums, 512 wide, in registers.
+TILES = (AttentionTile(m=16, n=64, warps=2, stages=4), AttentionTile(m=64, n=64, warps=4, stages=3),
          AttentionTile(m=128, n=64, warps=8, stages=3))
 LATENT = (AttentionTile(m=16, n=64, warps=8, stages=3), AttentionTile(m=32, n=64, warps=8, stages=3))
 
@@ -78,6 +81,42 @@ def attend_paged(q: Tensor, cache: Tensor, batch: Ragged, *, scale: float, windo
     return _launch(q[..., :main], q[..., main:], k[..., :main], k[..., main:], v, batch, group=group,
                    page=cache.shape[2], key_start=None, qk_scale=scale * k_scale, v_scale=v_scale, window=window,
                    splits=splits, tile=tile)
+
+
+def rope_and_attend(qkv: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, slots: Tensor, batch: Ragged, *, heads: int,
+                    scale: float, norms: HeadNorms | None = None, window: int | None = None, k_scale: float = 1.0,
+                    v_scale: float = 1.0, splits: int | None = None, tile: AttentionTile | None = None) -> Tensor:
+    """`rope_and_cache`, then `attend_paged`, in one launch, for requests with one query each (T = R).
+
+    Args:
+        qkv, cos, sin, slots, norms: as for `rope_and_cache`; a request with no keys stores nothing. The others: as for
+            `attend_paged`.
+    Returns:
+        [R, heads, D].
+    """
+    from .triton_decode import decode_kernel
+
+    assert batch.max_query_len == 1 and len(qkv) == len(batch.seq_lens)
+    page, kv_heads, width = cache.shape[2:]
+    group, q = heads // kv_heads, qkv.view(len(qkv), -1, width)[:, :heads]
+    if len(qkv) == 0:
+        return q.new_empty(q.shape)
+    if tile is None:
+        tile = tile_for(group, TILES, 2 * width * qkv.element_size(), 1, qkv.device)
+    tile = replace(tile, m=max(tile.m, _pow2(group)))
+    plan = _plan(len(qkv), kv_heads, batch, 1, page, splits, q)
+    out, target, lse = plan.outputs(q, width)
+    k, v = cache.flatten(1, 2)
+    q_weight, k_weight, eps = norms or (qkv, qkv, 0.0)
+    decode_kernel[plan.grid](
+        qkv, cos, sin, q_weight, k_weight, k, v, slots, target, lse, batch.seq_lens, batch.block_table,
+        qkv.stride(0), cos.stride(0), k.stride(0), k.stride(1), batch.block_table.stride(0), scale * k_scale * LOG2E,
+        k_scale, v_scale, eps,
+        GROUP=group, KV_HEADS=kv_heads, D=width, D_PAD=_padded(width), PAGE=page, WINDOW=window or 0,
+        HAS_NORM=norms is not None, FP8=cache.dtype == torch.float8_e4m3fn, SPLITS=plan.splits, MIN_SHARE=MIN_SHARE,
+        UPCAST=_upcast(q), BLOCK_M=tile.m, BLOCK_N=tile.n, num_warps=tile.warps, num_stages=tile.stages,
+        **early(qkv.device))
+    return plan.merged(out, target, lse)
 
 
 def attend_plain(q: Tensor, q_pe: Tensor, k: Tensor, k_pe: Tensor, v: Tensor, batch: Ragged, key_start: Tensor, *,
@@ -119,7 +158,7 @@ def attend_latent(q: Tensor, q_pe: Tensor, cache: Tensor, batch: Ragged, *, scal
         scale * kv_scale * LOG2E, kv_scale,
         GROUP=group, C=latent, R=pe, C_PAD=_padded(latent), R_PAD=_padded(pe), PAGE=page, ONE_QUERY=plan.one_query,
         SPLITS=plan.splits, MIN_SHARE=MIN_SHARE, UPCAST=_upcast(q), BLOCK_Q=tile.m // group, BLOCK_M=tile.m,
-        BLOCK_N=tile.n, num_warps=tile.warps, num_stages=tile.stages)
+        BLOCK_N=tile.n, num_warps=tile.warps, num_stages=tile.stages, **early(q.device))
     return plan.merged(out, target, lse)
 
 
@@ -183,7 +222,8 @@ class _Plan:
             width = out.shape[2]
             block = min(MERGE_WIDTH, _padded(width))
             merge_kernel[(out.shape[0] * out.shape[1], -(-width // block))](
-                parts, lse, out, D_V=width, SPLITS=self.splits, SPLITS_PAD=_pow2(self.splits), BLOCK_D=block)
+                parts, lse, out, D_V=width, SPLITS=self.splits, SPLITS_PAD=_pow2(self.splits), BLOCK_D=block,
+                **early(out.device))
         return out
 
 
@@ -222,7 +262,7 @@ def _launch(q: Tensor, q_tail: Tensor, k: Tensor, k_tail: Tensor, v: Tensor, bat
         GROUP=group, D=main, D_TAIL=tail, D_V=width, D_PAD=_padded(main), TAIL_PAD=_padded(tail), V_PAD=_padded(width),
         PAGE=page, WINDOW=window or 0, ONE_QUERY=plan.one_query, SPLITS=plan.splits, MIN_SHARE=MIN_SHARE,
         UPCAST=_upcast(q), BLOCK_Q=tile.m // group, BLOCK_M=tile.m, BLOCK_N=tile.n,
-        num_warps=tile.warps, num_stages=tile.stages)
+        num_warps=tile.warps, num_stages=tile.stages, **early(q.device))
     return plan.merged(out, target, lse)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..triton_early import start_early
+
 FP8_MAX = tl.constexpr(448.0)
 
 
@@ -22,9 +24,10 @@ def store_kernel(
     k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, slot_ptr,
     k_token, k_head, v_token, v_head, cache_slot, cache_head, k_scale, v_scale,
     KV_HEADS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, HAS_V: tl.constexpr, FP8: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    BLOCK_H: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Store k, and v, [T, KV_HEADS, D] at slots [T]; a negative slot is skipped. Grid: (T, tiles of heads)."""
+    start_early(EARLY)
     token = tl.program_id(0).to(tl.int64)
     h, d = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H), tl.arange(0, D_PAD)
     slot = tl.load(slot_ptr + token)
@@ -60,12 +63,13 @@ def rope_cache_kernel(
     qkv_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, q_out_ptr, k_cache_ptr, v_cache_ptr, slot_ptr,
     qkv_token, cos_token, cache_slot, cache_head, k_scale, v_scale, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, HALF_PAD: tl.constexpr, HAS_NORM: tl.constexpr,
-    FP8: tl.constexpr, BLOCK_H: tl.constexpr,
+    FP8: tl.constexpr, BLOCK_H: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Rotate the queries and keys of qkv [T, HEADS + 2 KV_HEADS, D] by halves; queries to q_out, k and v to slots [T].
 
     Grid: (T, tiles of heads). A negative slot is skipped. HAS_NORM: queries and keys are normed first.
     """
+    start_early(EARLY)
     HALF: tl.constexpr = D // 2
     token = tl.program_id(0).to(tl.int64)
     h, d = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H), tl.arange(0, HALF_PAD)[None, :]

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from ..quantize.triton_kernel import to_codes
+from ..triton_early import start_early
 from .triton_cache import _encode
 
 
@@ -32,9 +33,11 @@ def latent_cache_kernel(
     QUANTIZE: tl.constexpr, FP8: tl.constexpr, FINITE: tl.constexpr,
     LARGEST: tl.constexpr, SCALE_MIN: tl.constexpr, STATIC: tl.constexpr, INTEGER: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, HALF_PAD: tl.constexpr, BLOCK_H: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Program (t, 0) stores token t's normed latent [C] and rotated key [R] at its slot; program (t, i) rotates the
     last R of N + R values of BLOCK_H heads of q to q_pe [T, HEADS, R]. The latent is held as in `rms_norm_kernel`."""
+    start_early(EARLY)
     t = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, HALF_PAD)[None, :]
     d_in = d < R // 2

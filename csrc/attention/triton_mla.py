@@ -5,22 +5,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..triton_early import start_early
 from .triton_paged import query_tile, share_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["requests"])
 def latent_attention_kernel(
     q_ptr, q_pe_ptr, rows_ptr, out_ptr, lse_ptr, query_start_ptr, seq_len_ptr, table_ptr, requests, heads,
     q_token, q_head, q_pe_token, q_pe_head, row_slot, table_stride, qk_scale, v_scale,
     GROUP: tl.constexpr, C: tl.constexpr, R: tl.constexpr, C_PAD: tl.constexpr, R_PAD: tl.constexpr,
     PAGE: tl.constexpr, ONE_QUERY: tl.constexpr, SPLITS: tl.constexpr, MIN_SHARE: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EARLY: tl.constexpr,
 ):
     """As `attention_kernel`, of rows [C + R] whose first C values are also the values; GROUP heads a program.
 
     Products are transposed, rows x queries: a row is read once into shared memory and multiplied from there in both
     of its parts, and few heads do not leave most of a tensor core's 64 rows empty.
     """
+    start_early(EARLY)
     split = tl.program_id(2)
     request, begin, queries, first_query, length = query_tile(query_start_ptr, seq_len_ptr, requests, ONE_QUERY,
                                                               BLOCK_Q)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..triton_early import start_early
+
 
 @triton.jit
 def _load(at, inside, d_in, MASKED: tl.constexpr, EVEN: tl.constexpr):
@@ -116,7 +118,7 @@ def _merged(parts_ptr, lse_ptr, row, d, D_V: tl.constexpr, SPLITS: tl.constexpr,
     return tl.sum(parts * weight[:, None], 0) / tl.where(total == 0.0, 1.0, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["requests"])
 def attention_kernel(
     q_ptr, q_tail_ptr, k_ptr, k_tail_ptr, v_ptr, out_ptr, lse_ptr,
     query_start_ptr, key_start_ptr, seq_len_ptr, table_ptr, requests, heads,
@@ -125,7 +127,7 @@ def attention_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, D_TAIL: tl.constexpr, D_V: tl.constexpr,
     D_PAD: tl.constexpr, TAIL_PAD: tl.constexpr, V_PAD: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
     ONE_QUERY: tl.constexpr, SPLITS: tl.constexpr, MIN_SHARE: tl.constexpr,
-    UPCAST: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    UPCAST: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Attention of BLOCK_Q queries of one request for the GROUP heads of one KV head, over one split of its keys.
 
@@ -138,6 +140,7 @@ def attention_kernel(
     of each part, -inf for one with nothing to do, whose out is left as it was. Each split has an equal share of the
     keys that the tile sees, MIN_SHARE at least: what a device computes of seq_len, so that a grid fits every length.
     """
+    start_early(EARLY)
     kv_head, split = tl.program_id(1), tl.program_id(2)
     request, begin, queries, first_query, length = query_tile(query_start_ptr, seq_len_ptr, requests, ONE_QUERY,
                                                               BLOCK_Q)
@@ -209,9 +212,10 @@ def attention_kernel(
 @triton.jit
 def merge_kernel(
     parts_ptr, lse_ptr, out_ptr,
-    D_V: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr, BLOCK_D: tl.constexpr,
+    D_V: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr, BLOCK_D: tl.constexpr, EARLY: tl.constexpr,
 ):
     """out [rows, D_V] = the parts [rows, SPLITS, D_V] of a softmax by their sums; zeros where no part has any."""
+    start_early(EARLY)
     row = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     out = _merged(parts_ptr, lse_ptr, row, d, D_V, SPLITS, SPLITS_PAD)

@@ -13,6 +13,7 @@ from ..ops import load_op, op_missing, optional_op
 from ..quantize import Quantized, Rounding, triton_quantize
 from ..scheme import Scheme
 from ..select import LinearKernel, Problem
+from .many_rows import MANY_TOKENS, fits, multiply
 
 HOPPER = (9, 0)
 # TMA moves rows of 16 bytes: K one-byte codes in, N two-byte values out.
@@ -20,12 +21,15 @@ K_MULTIPLE, N_MULTIPLE = 16, 8
 BY_SHAPE = -1
 FEW_ROWS = 8
 """Tokens up to which reading the weights is all that takes time, and a kernel made for that is used."""
+ROUNDED_BYTES, VECTOR = 40960, 16
+"""Most bytes of codes that it makes of tokens that come in 16 bits, and the alignment of those."""
 
 
 class CutlassFp8Kernel(LinearKernel):
     """Scales are applied to float32 sums, in the epilogue, with the bias. The tile follows the number of tokens.
 
-    A few tokens have a kernel of their own (csrc/fp8_gemm/few_rows.cu), where it is built.
+    A few tokens have a kernel of their own (csrc/fp8_gemm/few_rows.cu), where it is built, and many are torch's, where
+    it multiplies by such weights (csrc/fp8_gemm/many_rows.py).
     """
 
     name: ClassVar[str] = "cutlass_fp8"
@@ -48,17 +52,32 @@ class CutlassFp8Kernel(LinearKernel):
             self.weights["input_scale"] = matrix.input_scale.float()
         self.rounding = Rounding(self.activation, self.weights.get("input_scale"))
         self.multiprocessors = multiprocessors(matrix.scales.device)
+        self.many_rows = fits(matrix.rows, dtype, matrix.scales.device)
         self.gemm = load_op("fp8_gemm")
         self.few_rows = optional_op("fp8_few_rows", matrix.scales.device)
+        self.few_rows_rounding = optional_op("fp8_few_rows_rounding", matrix.scales.device)
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         rows = x.reshape(-1, self.columns).contiguous()
+        if self.few_rows_rounding is not None and self._rounds_itself(rows):
+            out = rows.new_empty(len(rows), self.rows)
+            self.few_rows_rounding(out, rows, self.weights["codes"], self.weights.get("input_scale"),
+                                   self.weights["scales"], bias)
+            return out.view(*x.shape[:-1], self.rows)
         codes, scales = triton_quantize(rows, self.activation, self.weights.get("input_scale"))
         out = self.run_rounded(Quantized(codes=codes, scales=scales, dtype=x.dtype), bias)
         return out.view(*x.shape[:-1], self.rows)
 
+    def _rounds_itself(self, rows: Tensor) -> bool:
+        """Whether the kernel for a few tokens takes these as they are: every block of it then rounds all of them."""
+        stride = -(-self.columns // 128) * 128 + 64
+        return (len(rows) <= FEW_ROWS and len(rows) * stride <= ROUNDED_BYTES and rows.data_ptr() % VECTOR == 0)
+
     def run_rounded(self, x: Quantized, bias: Tensor | None = None) -> Tensor:
-        weights, out = self.weights, x.codes.new_empty(len(x.codes), self.rows, dtype=x.dtype)
+        weights = self.weights
+        if self.many_rows and len(x.codes) >= MANY_TOKENS:
+            return multiply(x, weights["codes"], weights["scales"], bias)
+        out = x.codes.new_empty(len(x.codes), self.rows, dtype=x.dtype)
         if self.few_rows is not None and len(x.codes) <= FEW_ROWS:
             self.few_rows(out, x.codes, weights["codes"], x.scales, weights["scales"], bias)
             return out

@@ -2,6 +2,9 @@
 // once for each HALF (outputs are float16, else bfloat16) and MANY (the tiles for many tokens, else those for few).
 #include <cstdint>
 
+// The kernel is launched while the one before it still runs: who loads operands waits for it, and scales are read after
+// the first of them have come.
+#define CUTLASS_ENABLE_GDC_FOR_SM90 1
 #include <cutlass/cutlass.h>
 #include <cutlass/epilogue/collective/collective_builder.hpp>
 #include <cutlass/gemm/collective/collective_builder.hpp>
@@ -74,7 +77,7 @@ struct Gemm {
     if (Device::get_workspace_size(arguments) != 0) return kWorkspace;
     Device gemm;
     if (gemm.initialize(arguments, nullptr, p.stream) != cutlass::Status::kSuccess ||
-        gemm.run(p.stream) != cutlass::Status::kSuccess) {
+        gemm.run(p.stream, nullptr, true) != cutlass::Status::kSuccess) {
       cudaError_t error = cudaGetLastError();
       return error == cudaSuccess ? cudaErrorLaunchFailure : error;
     }

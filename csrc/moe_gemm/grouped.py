@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..launch import multiprocessors
+from ..launch import early, multiprocessors
 from ..ops import load_op
 from ..quantize.reference import FP8_MAX, SCALE_MIN
 
@@ -32,7 +32,7 @@ def sort_slots(experts: Tensor, count: int) -> Rows:
     rows = torch.empty(experts.shape, dtype=torch.int32, device=experts.device)
     offsets = torch.empty(count + 1, dtype=torch.int32, device=experts.device)
     sort_kernel[(count,)](experts, offsets, rows, experts.numel(), count, BINS=1 << (count - 1).bit_length(),
-                          CHUNK=CHUNK, num_warps=4)
+                          CHUNK=CHUNK, num_warps=4, **early(experts.device))
     return Rows(of_slot=rows, offsets=offsets)
 
 
@@ -44,7 +44,7 @@ def scatter_quantized(x: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
     codes, scales = _empty_codes(tokens * top_k, columns, x.device)
     block = 1 << (columns - 1).bit_length()
     scatter_kernel[(tokens,)](x, rows.of_slot, codes, scales, columns, TOP_K=top_k, FP8_MAX=FP8_MAX,
-                              SCALE_MIN=SCALE_MIN, BLOCK=block, num_warps=_warps(block))
+                              SCALE_MIN=SCALE_MIN, BLOCK=block, num_warps=_warps(block), **early(x.device))
     return codes, scales
 
 
@@ -56,7 +56,7 @@ def silu_quantized(gate_up: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
     codes, scales = _empty_codes(slots, columns, gate_up.device)
     block = 1 << (columns - 1).bit_length()
     silu_kernel[(slots,)](gate_up, rows.offsets[-1:], codes, scales, columns, FP8_MAX=FP8_MAX, SCALE_MIN=SCALE_MIN,
-                          BLOCK=block, num_warps=_warps(block))
+                          BLOCK=block, num_warps=_warps(block), **early(gate_up.device))
     return codes, scales
 
 
@@ -69,7 +69,7 @@ def add_rows(y: Tensor, weights: Tensor, rows: Rows, *, dtype: torch.dtype = tor
     out = y.new_empty(tokens, y.shape[1], dtype=dtype)
     add_rows_kernel[(tokens, -(-y.shape[1] // CHUNK))](
         y, weights, rows.of_slot, out if beside is None else beside.contiguous(), out, y.shape[1], TOP_K=top_k,
-        HAS_BESIDE=beside is not None, BLOCK=CHUNK)
+        HAS_BESIDE=beside is not None, BLOCK=CHUNK, **early(y.device))
     return out
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..triton_early import start_early
 from ..triton_fp8 import fp8_values
+from ..w4a16_gemm.triton_unpack import unpacked
 
 
 @triton.jit
@@ -70,7 +72,6 @@ def _packed(
 ):
     """[BLOCK_N, BLOCK_M] float32: as `_coded`, of codes packed as `w4a16_gemm.PackedCodes` says."""
     BYTES: tl.constexpr = BLOCK_K * WIDTH // 8
-    MASK: tl.constexpr = (1 << WIDTH) - 1
     j = tl.arange(0, BYTES)
     strip = (n // 64).to(tl.int64) * blocks * 64 + n % 64
     code_at = code_ptr + strip[:, None] * BYTES + j[None, :]
@@ -91,15 +92,9 @@ def _packed(
             if HAS_ORDER:
                 columns = tl.load(order_ptr + columns, mask=columns < K, other=0)
             x = tl.load(x_at + columns[:, None], mask=inside, other=0.0)
-            codes = packed
-            if WIDTH < 8:
-                codes = (packed >> (part * WIDTH)) & MASK
             if UPCAST:
-                weights = codes.to(tl.float32) - zero.to(tl.float32)[:, None]
-                sums = tl.dot(weights, x.to(tl.float32), sums, input_precision="ieee")
-            else:
-                weights = codes.to(x.dtype) - zero.to(x.dtype)[:, None]
-                sums = tl.dot(weights, x, sums)
+                x = x.to(tl.float32)
+            sums = tl.dot(unpacked(packed, zero, x.dtype, part, WIDTH), x, sums, input_precision="ieee")
         acc += sums * scale[:, None]
     return acc
 
@@ -120,17 +115,18 @@ def _store(out_ptr, out, slots, n, N, n_in):
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=n_in[:, None] & (slots >= 0)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_tiles"])
 def coded_experts_kernel(
     x_ptr, x_scale_ptr, slot_ptr, tile_ptr, out_ptr,
     w_ptr, scale_ptr, scale_row_ptr, up_ptr, up_scale_ptr, up_scale_row_ptr,
     max_tiles, N, K, w_stride, code_stride, x_groups, w_groups, scale_stride, up_scale_stride,
     GATED: tl.constexpr, ROWS_PER_SLOT: tl.constexpr, KIND_PLAIN: tl.constexpr, W_GROUP: tl.constexpr,
     X_GROUP: tl.constexpr, X_SCALED: tl.constexpr, HAS_ROWS: tl.constexpr, UPCAST: tl.constexpr,
-    FP8_BITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    FP8_BITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
 ):
     """out [slots, N] = x[slot // ROWS_PER_SLOT] W_e^T, W one value a code, rows `w_stride` and experts `code_stride`
     apart; GATED: silu of it times the same of `up`."""
+    start_early(EARLY)
     expert, n, slots, rows = _tile(slot_ptr, tile_ptr, max_tiles, N, ROWS_PER_SLOT, BLOCK_M, BLOCK_N)
     if expert < 0:
         return
@@ -148,16 +144,17 @@ def coded_experts_kernel(
     _store(out_ptr, out, slots, n, N, n_in)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_tiles"])
 def packed_experts_kernel(
     x_ptr, slot_ptr, tile_ptr, out_ptr,
     code_ptr, scale_ptr, zero_ptr, order_ptr, up_ptr, up_scale_ptr, up_zero_ptr, up_order_ptr,
     max_tiles, N, K, blocks, code_stride, groups,
     GATED: tl.constexpr, ROWS_PER_SLOT: tl.constexpr, BLOCKS_PER_GROUP: tl.constexpr, WIDTH: tl.constexpr,
     ZERO: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_ORDER: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
 ):
     """As `coded_experts_kernel`, of codes packed as `w4a16_gemm.PackedCodes` says, `code_stride` bytes an expert."""
+    start_early(EARLY)
     expert, n, slots, rows = _tile(slot_ptr, tile_ptr, max_tiles, N, ROWS_PER_SLOT, BLOCK_M, BLOCK_N)
     if expert < 0:
         return

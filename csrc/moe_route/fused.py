@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..launch import early
 from .reference import TINY, Routing
 
 # Tokens up to which few programs are wanted small, and the tiles (tokens, experts) below and above.
@@ -31,7 +32,7 @@ def router_logits(x: Tensor, weight: Tensor) -> Tensor:
         logits_kernel[(-(-tokens // block_t), -(-experts // block_e), splits)](
             x, weight, out, tokens, experts, hidden, x.stride(0), PER_SPLIT=PER_SPLIT, UPCAST=x.device.type == "cpu",
             BLOCK_T=block_t, BLOCK_E=block_e, BLOCK_H=BLOCK_HIDDEN, num_warps=4,
-            num_stages=_stages(x))
+            num_stages=_stages(x), **early(x.device))
     return out
 
 
@@ -47,7 +48,8 @@ def fused_route(logits: Tensor, routing: Routing, bias: Tensor | None = None) ->
         route_kernel[(tokens,)](
             logits, logits if bias is None else bias, weights, chosen, tokens, routing.scale, SPLITS=splits, E=experts,
             GROUPS=groups, TOP_GROUPS=min(routing.top_groups, groups), TOP2=routing.group_score == "top2",
-            G_PAD=_pow2(groups), S_PAD=_pow2(experts // groups), num_warps=1, **_settings(routing, bias))
+            G_PAD=_pow2(groups), S_PAD=_pow2(experts // groups), num_warps=1, **_settings(routing, bias),
+            **early(logits.device))
     return weights, chosen
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..launch import early
+
 CHUNK = 1024
 
 
@@ -14,12 +16,13 @@ CHUNK = 1024
 class Layout:
     """Slot t * top_k + j is token t's j-th expert. `slots` [max_tiles * block] int32: the slots of a tile, -1 where it
     is padded; `tiles` [max_tiles] int32: each tile's expert, -1 for tiles that are not needed. Sizes depend on the
-    number of tokens alone.
+    number of tokens alone. `most`: slots of a tile behind which all are padding.
     """
 
     slots: Tensor
     tiles: Tensor
     block: int
+    most: int
 
     @property
     def max_tiles(self) -> int:
@@ -36,8 +39,8 @@ def align(experts: Tensor, count: int, block: int) -> Layout:
     tiles = torch.empty(max_tiles, dtype=torch.int32, device=experts.device)
     if slots:
         align_kernel[(count,)](experts, table, tiles, slots, count, max_tiles, BINS=1 << (count - 1).bit_length(),
-                               BLOCK_M=block, CHUNK=CHUNK, num_warps=4)
-    return Layout(slots=table, tiles=tiles, block=block)
+                               BLOCK_M=block, CHUNK=CHUNK, num_warps=4, **early(experts.device))
+    return Layout(slots=table, tiles=tiles, block=block, most=min(block, len(experts)))
 
 
 def combine(y: Tensor, weights: Tensor, experts: Tensor, *, dtype: torch.dtype = torch.float32,
@@ -53,5 +56,5 @@ def combine(y: Tensor, weights: Tensor, experts: Tensor, *, dtype: torch.dtype =
     if tokens:
         combine_kernel[(tokens, -(-y.shape[1] // CHUNK))](
             y, weights, experts, out if beside is None else beside.contiguous(), out, y.shape[1], TOP_K=top_k,
-            HAS_BESIDE=beside is not None, BLOCK=CHUNK)
+            HAS_BESIDE=beside is not None, BLOCK=CHUNK, **early(y.device))
     return out

@@ -5,13 +5,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..triton_early import start_early
 
-@triton.jit
+
+@triton.jit(do_not_specialize=["S", "max_tiles"])
 def align_kernel(
     expert_ptr, slot_ptr, tile_ptr, S, E, max_tiles,
-    BINS: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,
+    BINS: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Program e lays out the slots of expert e; see `align`. BINS: a power of two, at least E."""
+    start_early(EARLY)
     e = tl.program_id(0)
     bins = tl.arange(0, BINS)
     counts = tl.zeros((BINS,), tl.int32)
@@ -51,10 +54,11 @@ def store_sum(out_ptr, beside_ptr, at, total, inside, HAS_BESIDE: tl.constexpr):
 @triton.jit
 def combine_kernel(
     y_ptr, weight_ptr, expert_ptr, beside_ptr, out_ptr, H,
-    TOP_K: tl.constexpr, HAS_BESIDE: tl.constexpr, BLOCK: tl.constexpr,
+    TOP_K: tl.constexpr, HAS_BESIDE: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):
     """out [T, H] = sum over j, in order, of weight [t, j] * y [t * TOP_K + j] in float32, rounded, plus beside [T, H];
     experts of -1 add nothing."""
+    start_early(EARLY)
     t = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)

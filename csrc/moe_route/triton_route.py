@@ -5,20 +5,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..triton_early import start_early
+
 # Keys are float32 bits as integers of the same order: NaN above all, and below all what is nobody's.
 NAN_KEY = tl.constexpr(0x7FFFFFFF)
 NO_KEY = tl.constexpr(-0x80000000)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def logits_kernel(
     x_ptr, weight_ptr, out_ptr, T, E, H, x_row,
     PER_SPLIT: tl.constexpr, UPCAST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """out [splits, T, E] float32, of which the sum is x [T, H] weight [E, H]^T: PER_SPLIT inputs each.
 
     Products of 16-bit values are exact, so this is float32's result; the order of the sum depends on H alone.
     """
+    start_early(EARLY)
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     split, h = tl.program_id(2), tl.arange(0, BLOCK_H)
@@ -102,18 +106,19 @@ def _best(
     tl.store(expert_ptr + at, experts.to(tl.int64), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def route_kernel(
     logit_ptr, bias_ptr, weight_ptr, expert_ptr, T, scale,
     SPLITS: tl.constexpr, E: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, TOP2: tl.constexpr,
     TOP_K: tl.constexpr, SOFTMAX: tl.constexpr, RENORMALIZE: tl.constexpr, HAS_BIAS: tl.constexpr, TINY: tl.constexpr,
-    G_PAD: tl.constexpr, S_PAD: tl.constexpr, K_PAD: tl.constexpr,
+    G_PAD: tl.constexpr, S_PAD: tl.constexpr, K_PAD: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Program t: the experts [T, TOP_K] int64 of token t and their weights, from logits [SPLITS, T, E] float32; see
     `route`. The parts are added up in order.
 
     Experts are held in one row of G_PAD groups of S_PAD; without groups, or with all of them allowed, of one group.
     """
+    start_early(EARLY)
     SIZE: tl.constexpr = E // GROUPS
     t = tl.program_id(0) + tl.arange(0, 1)
     at = tl.arange(0, G_PAD * S_PAD)[None, :]

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..launch import early
 from ..scheme import Activation
 from .reference import FP8_MAX, INT8_MAX, SCALE_MIN, dequantize, fake_quantize, quantize
 
@@ -28,11 +29,13 @@ class Rounding(NamedTuple):
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Quantized:
     """An input [T, K] that was rounded where it was made: codes [T, K] and float32 scales [T, G] as `quantize` gives
-    them; `dtype` is that of the values, and of the product."""
+    them; `dtype` is that of the values, and of the product. `values` [T, K] are the input before it was rounded, where
+    somebody takes it so."""
 
     codes: Tensor
     scales: Tensor
     dtype: torch.dtype
+    values: Tensor | None = None
 
 
 def empty_codes(tokens: int, columns: int, activation: Activation, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -63,6 +66,6 @@ def triton_quantize(x: Tensor, activation: Activation, static_scale: Tensor | No
         quantize_kernel[(tokens, -(-groups // rows))](
             x, codes, scales, scales if static_scale is None else static_scale, columns, groups,
             ROWS=rows, BLOCK=block, GROUP=group, num_warps=min(8, max(1, rows * block // 512)),
-            **code_settings(activation),
+            **code_settings(activation), **early(x.device),
         )
     return codes, scales

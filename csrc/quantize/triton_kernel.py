@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..triton_early import start_early
+
 
 @triton.jit
 def to_codes(
@@ -33,10 +35,11 @@ def to_codes(
 def quantize_kernel(
     x_ptr, codes_ptr, scale_ptr, static_ptr, K, groups,
     LARGEST: tl.constexpr, SCALE_MIN: tl.constexpr, STATIC: tl.constexpr, INTEGER: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
 ):
     """x [M, K] -> codes [M, K], scales [M, groups]. Program (m, i) takes ROWS groups of GROUP values of token m; GROUP
     is K where a token is one group, and BLOCK the power of two that holds it."""
+    start_early(EARLY)
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, BLOCK)

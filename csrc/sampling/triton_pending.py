@@ -5,11 +5,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..triton_early import start_early
+
 BLOCK = 256
 
 
-@triton.jit
-def take_pending_kernel(ids, sampled, count, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["count"])
+def take_pending_kernel(ids, sampled, count, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    start_early(EARLY)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     found = tl.load(ids + at, mask=inside, other=0)

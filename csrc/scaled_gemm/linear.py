@@ -9,7 +9,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..launch import Tile, lacks_fp8, missing, multiprocessors, split_blocks, split_counters, split_parts, tile_for
+from ..launch import (
+    Tile,
+    early,
+    lacks_fp8,
+    missing,
+    multiprocessors,
+    split_blocks,
+    split_counters,
+    split_parts,
+    tile_for,
+)
 from ..matrix import QuantizedMatrix
 from ..quantize import Quantized, Rounding, triton_quantize
 from ..select import LinearKernel, Problem
@@ -99,6 +109,7 @@ class _ScaledKernel(LinearKernel):
             HAS_ROWS="scale_rows" in weights, HAS_BIAS=bias is not None, SPLIT=splits > 1,
             EVEN_K=self.columns == codes.shape[1], UPCAST=rows.device.type == "cpu", FP8_BITS=self.fp8_bits,
             BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=self.block, num_warps=tile.warps, num_stages=tile.stages,
+            **early(rows.device),
         )
         return out
 

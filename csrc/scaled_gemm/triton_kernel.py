@@ -5,17 +5,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..triton_early import start_early
 from ..triton_fp8 import fp8_values
 from ..triton_splits import arrived_last, sum_parts
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "blocks_per_split"])
 def scaled_kernel(
     x_ptr, w_ptr, x_scale_ptr, w_scale_ptr, scale_row_ptr, bias_ptr, out_ptr, part_ptr, counter_ptr,
     M, N, K, w_stride, blocks, blocks_per_split, x_groups, w_groups,
     W_GROUP: tl.constexpr, X_GROUP: tl.constexpr, X_SCALED: tl.constexpr, HAS_ROWS: tl.constexpr,
     HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, EVEN_K: tl.constexpr, UPCAST: tl.constexpr, FP8_BITS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
 ):
     """out [M, N] = x [M, K] W^T, one tile of [BLOCK_N outputs, BLOCK_M tokens] a program.
 
@@ -25,6 +26,7 @@ def scaled_kernel(
     program (., s) writes part [s, M, N] float32, and the tile's last one adds them up in order; counter is what
     `split_counters` gives. UPCAST multiplies in float32, for the interpreter. FP8_BITS: w is FP8 codes, given as int8.
     """
+    start_early(EARLY)
     tiles_n = tl.cdiv(N, BLOCK_N)
     pid, split = tl.program_id(0), tl.program_id(1)
     first_n, first_m = (pid % tiles_n) * BLOCK_N, (pid // tiles_n) * BLOCK_M

@@ -8,10 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..launch import Tile, missing, multiprocessors, split_blocks, split_counters, split_parts, tile_for
+from ..launch import Tile, early, missing, multiprocessors, split_blocks, split_counters, split_parts, tile_for
 from ..matrix import QuantizedMatrix
 from ..ops import optional_op
 from ..select import LinearKernel, Problem
+from .many_rows import MANY_TOKENS, Format, multiply
 from .packing import MAX_BLOCK, MIN_BLOCK, PackedCodes, block_of
 
 # Measured on an H100 at Llama-3-8B's shapes: few tokens want small programs, many a tile that is read often.
@@ -27,7 +28,7 @@ class TritonW4A16Kernel(LinearKernel):
     """Codes with scales and zero points by group, inputs in any order; float32 sums, no atomics.
 
     4 bits by a few tokens have a kernel of their own on the same weights (csrc/w4a16_gemm/few_rows.cu), where it is
-    built.
+    built. From MANY_TOKENS on weights are dequantized first, rounded to the inputs' dtype, and torch multiplies.
     """
 
     name: ClassVar[str] = "triton_w4a16"
@@ -52,9 +53,8 @@ class TritonW4A16Kernel(LinearKernel):
 
     def __init__(self, matrix: QuantizedMatrix, dtype: torch.dtype) -> None:
         packed = PackedCodes.pack(matrix)
-        self.rows, self.columns, self.block, self.width = matrix.rows, matrix.columns, packed.block, packed.width
-        self.zero, self.blocks = matrix.zero - packed.offset, packed.bytes.shape[1]
-        self.blocks_per_group = 0 if matrix.scheme.group is None else matrix.scheme.group // packed.block
+        self.rows, self.columns, self.blocks = matrix.rows, matrix.columns, packed.bytes.shape[1]
+        self.form = Format.of(packed, matrix)
         self.programs = WAVES * multiprocessors(matrix.scales.device)
         self.counters = split_counters(self.programs, matrix.scales.device)
         self.weights = {"codes": packed.bytes, "scales": matrix.scales.expand(matrix.rows, -1).T.contiguous()}
@@ -72,13 +72,17 @@ class TritonW4A16Kernel(LinearKernel):
         out = rows.new_empty(len(rows), self.rows)
         if len(rows) == 0:
             return out.view(*x.shape[:-1], self.rows)
-        tile, weights = tile_for(len(rows), TILES), self.weights
+        weights = self.weights
         if (order := weights.get("order")) is not None:
             rows = rows.index_select(1, order)  # once: gathered inside, every tile of outputs would do it again
+        if len(rows) >= MANY_TOKENS:
+            multiply(rows, weights, self.form, bias, out)
+            return out.view(*x.shape[:-1], self.rows)
         if self.few_rows is not None and len(rows) <= FEW_ROWS and rows.data_ptr() % ALIGNMENT == 0:
             self.few_rows(out, rows, weights["codes"], weights["scales"], weights.get("zeros"), bias,
-                          self.blocks_per_group, self.zero)
+                          self.form.blocks_per_group, self.form.zero)
             return out.view(*x.shape[:-1], self.rows)
+        tile = tile_for(len(rows), TILES)
         tiles = -(-self.rows // tile.n) * -(-len(rows) // tile.m)
         splits = split_blocks(tiles, self.blocks, self.programs)
         codes = weights["codes"]
@@ -86,10 +90,11 @@ class TritonW4A16Kernel(LinearKernel):
             rows, codes, weights["scales"], weights.get("zeros", codes), codes if bias is None else bias,
             out, split_parts(out, splits), self.counters,
             len(rows), self.rows, self.columns, self.blocks, -(-self.blocks // splits),
-            BLOCKS_PER_GROUP=self.blocks_per_group, WIDTH=self.width, ZERO=self.zero, HAS_ZEROS="zeros" in weights,
-            HAS_BIAS=bias is not None, SPLIT=splits > 1,
-            EVEN_K=self.columns % self.block == 0, UPCAST=x.device.type == "cpu",
-            BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=self.block, num_warps=tile.warps, num_stages=tile.stages,
+            BLOCKS_PER_GROUP=self.form.blocks_per_group, WIDTH=self.form.width, ZERO=self.form.zero,
+            HAS_ZEROS="zeros" in weights, HAS_BIAS=bias is not None, SPLIT=splits > 1,
+            EVEN_K=self.columns % self.form.block == 0, UPCAST=x.device.type == "cpu",
+            BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=self.form.block, num_warps=tile.warps, num_stages=tile.stages,
+            **early(x.device),
         )
         return out.view(*x.shape[:-1], self.rows)
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..triton_early import start_early
 from ..triton_splits import arrived_last, sum_parts
+from .triton_unpack import unpacked
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "blocks_per_split"])
 def w4a16_kernel(
     x_ptr, code_ptr, scale_ptr, zero_ptr, bias_ptr, out_ptr, part_ptr, counter_ptr,
     M, N, K, blocks, blocks_per_split,
     BLOCKS_PER_GROUP: tl.constexpr, WIDTH: tl.constexpr, ZERO: tl.constexpr,
     HAS_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, EVEN_K: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
 ):
     """out [M, N] = x [M, K] W^T, one tile of [BLOCK_N outputs, BLOCK_M tokens] a program.
 
@@ -24,6 +26,7 @@ def w4a16_kernel(
     gives. BLOCKS_PER_GROUP 0: one group. UPCAST multiplies in float32, for the interpreter, which has no bfloat16
     product.
     """
+    start_early(EARLY)
     tiles_n = tl.cdiv(N, BLOCK_N)
     pid, split = tl.program_id(0), tl.program_id(1)
     first_n, first_m = (pid % tiles_n) * BLOCK_N, (pid // tiles_n) * BLOCK_M
@@ -31,7 +34,6 @@ def w4a16_kernel(
     n_in, m_in = n < N, m < M
 
     BYTES: tl.constexpr = BLOCK_K * WIDTH // 8
-    MASK: tl.constexpr = (1 << WIDTH) - 1
     j = tl.arange(0, BYTES)
     # Instead of a mask: a tile of 128 outputs may have no second strip of 64, and reads the last output's codes for it.
     there = tl.minimum(n, N - 1)
@@ -56,16 +58,9 @@ def w4a16_kernel(
             if not EVEN_K:
                 inside = inside & (columns < K)[:, None]
             x = tl.load(x_at + columns[:, None], mask=inside, other=0.0)
-            codes = packed
-            if WIDTH < 8:
-                codes = (packed >> (part * WIDTH)) & MASK
-            # Codes and zeros are integers up to 255 apart, which 16-bit floats hold exactly.
             if UPCAST:
-                weights = codes.to(tl.float32) - zero.to(tl.float32)[:, None]
-                sums = tl.dot(weights, x.to(tl.float32), sums, input_precision="ieee")
-            else:
-                weights = codes.to(x.dtype) - zero.to(x.dtype)[:, None]
-                sums = tl.dot(weights, x, sums)
+                x = x.to(tl.float32)
+            sums = tl.dot(unpacked(packed, zero, x.dtype, part, WIDTH), x, sums, input_precision="ieee")
         acc += sums * scale[:, None]
 
     at = m[None, :].to(tl.int64) * N + n[:, None]
@@ -78,3 +73,39 @@ def w4a16_kernel(
     if HAS_BIAS:
         acc += tl.load(bias_ptr + n, mask=n_in, other=0.0).to(tl.float32)[:, None]
     tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def dequantize_kernel(
+    code_ptr, scale_ptr, zero_ptr, out_ptr,
+    N, K, blocks, scale_row, code_stride, scale_stride, zero_stride, out_stride,
+    BLOCKS_PER_GROUP: tl.constexpr, WIDTH: tl.constexpr, ZERO: tl.constexpr, HAS_ZEROS: tl.constexpr,
+    BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
+):
+    """out [E, N, K] of 16 bits: one block of inputs of 64 outputs a program, each weight rounded once.
+
+    Codes as `w4a16_kernel` has them, scales and zeros [groups, N] in rows `scale_row` apart, matrices a stride apart.
+    """
+    block, strip, matrix = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    row = tl.arange(0, 64)
+    n = strip * 64 + row
+    n_in = n < N
+
+    BYTES: tl.constexpr = BLOCK_K * WIDTH // 8
+    j = tl.arange(0, BYTES)
+    first = matrix * code_stride + (strip.to(tl.int64) * blocks + block) * (64 * BYTES)
+    packed = tl.load(code_ptr + first + row[:, None] * BYTES + j[None, :])
+    group = 0
+    if BLOCKS_PER_GROUP > 0:
+        group = block // BLOCKS_PER_GROUP
+    scale = tl.load(scale_ptr + matrix * scale_stride + group * scale_row + n, mask=n_in, other=0.0).to(tl.float32)
+    zero = tl.zeros((64,), tl.int8) + ZERO
+    if HAS_ZEROS:
+        zero = tl.load(zero_ptr + matrix * zero_stride + group * scale_row + n, mask=n_in, other=0)
+    start_early(EARLY)  # what is written to may still be read
+    out_at = out_ptr + matrix * out_stride + n[:, None].to(tl.int64) * K
+    for part in tl.static_range(8 // WIDTH):
+        weights = unpacked(packed, zero, tl.float32, part, WIDTH) * scale[:, None]
+        column = block * BLOCK_K + part * BYTES + j
+        tl.store(out_at + column[None, :], weights.to(out_ptr.dtype.element_ty),
+                 mask=n_in[:, None] & (column < K)[None, :])

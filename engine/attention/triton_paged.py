@@ -22,6 +22,7 @@ from ...csrc.attention import (
     gather_rows,
     latent_and_cache,
     project_values,
+    rope_and_attend,
     rope_and_cache,
     store_kv,
 )
@@ -101,7 +102,13 @@ class TritonAttentionRun(FusedAttentionRun):
 
     def run_qkv(self, layer: Attention, qkv: Tensor, rope: tuple[Tensor, Tensor],
                 norms: HeadNorms | None = None) -> Tensor:
-        """As `run` of qkv [T, (heads + 2 kv_heads) D] split, normed and rotated, in two launches."""
+        """As `run` of qkv [T, (heads + 2 kv_heads) D] split, normed and rotated: one launch where all only decode, else
+        two, and one more where keys are split."""
+        if self.step.max_query_len == 1:
+            return rope_and_attend(
+                qkv, *rope, self.backend.caches[layer.index], self.step.slots, self.batch, heads=layer.num_heads,
+                norms=norms, scale=layer.scale, window=layer.sliding_window, k_scale=layer.k_scale,
+                v_scale=layer.v_scale)
         q = rope_and_cache(qkv, *rope, self.backend.caches[layer.index], self.step.slots, heads=layer.num_heads,
                            norms=norms, k_scale=layer.k_scale, v_scale=layer.v_scale)
         return self._attend(layer, q)

@@ -15,6 +15,8 @@ from nybble.bench.floors import Floors
 from nybble.bench.measured import Collector, Measured
 from nybble.bench.page import Axes, page
 from nybble.bench.results import Metric, make_result, read_json, write_json
+from nybble.csrc.fp8_gemm import CutlassFp8Kernel
+from nybble.csrc.quantize import quantize
 from nybble.csrc.tiles import TileKernel
 from nybble.engine.attention.torch_paged import TorchPagedRun
 from nybble.engine.cli import main
@@ -140,3 +142,20 @@ def test_every_family_on_a_device(tmp_path):
     found = rows(read_json(out))
     assert {"square/w4/triton_w4a16", "square/fp8-channel/triton_w8a8", "small/int4/fused"} <= found
     assert {f"{case}/triton" for case in ("decode/4x40", "prompt/2x24", "mla-decode/4x40")} <= found
+
+
+def test_fp8_products_beside_torchs(monkeypatch):
+    """Of inputs that are rounded before: CUTLASS's tiles at any number of tokens, torch's where it can multiply."""
+    asked = []
+    monkeypatch.setattr("nybble.csrc.fp8_gemm.linear.load_op", lambda op: lambda *args: asked.append(args))
+    monkeypatch.setattr("nybble.csrc.fp8_gemm.linear.optional_op", lambda op, device: None)
+    monkeypatch.setattr(command, "triton_quantize", quantize)
+    matrix = command.random_matrix(command.SCHEMES["fp8-channel"], 32, 64, CPU)
+    x = torch.randn(600, 64).bfloat16()
+    products = command.scaled_products([CutlassFp8Kernel(matrix, x.dtype)], x)
+    assert set(products) == {"cutlass-scaled", "torch-scaled"}
+    out, expected = products["torch-scaled"][0](), x.float() @ matrix.dequant(0, 32).T
+    assert (out - expected).norm() < 0.05 * expected.norm()
+    products["cutlass-scaled"][0]()
+    assert asked[0][0].shape == (600, 32) and torch.equal(asked[0][1].float(), quantize(x, command.TOKEN)[0].float())
+    assert not command.scaled_products([], x)

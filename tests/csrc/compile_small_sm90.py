@@ -1,4 +1,5 @@
-"""Compile the kernels between products at real shapes for sm_90, without a GPU; prints the name of each that spills.
+"""Compile the kernels between products at real shapes for sm_90, without a GPU; prints the name of each that spills,
+or does not wait for the kernel before it.
 
 Run as a program of its own: a process that interprets kernels cannot compile them.
 """
@@ -24,7 +25,7 @@ ROUNDINGS = {None: None, "token": Activation(dtype="fp8_e4m3", scale="token"),
 
 
 def ptx(kernel, constants, pointers=None, warps=4, stages=3):
-    pointers, names = {**TYPES, **(pointers or {})}, kernel.arg_names
+    pointers, names, constants = {**TYPES, **(pointers or {})}, kernel.arg_names, {**constants, "EARLY": True}
     types = {name: "constexpr" if name in constants else pointers.get(name, "*bf16") if name.endswith("_ptr")
              else "fp32" if name in ("eps", "scale", "kv_scale") else "i32" for name in names}
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name, kind in types.items()
@@ -79,7 +80,7 @@ def main() -> None:
     built["combine"] = ptx(triton_kernel.combine_kernel, dict(TOP_K=8, HAS_BESIDE=True, BLOCK=1024), sums)
     built["add rows"] = ptx(triton_rows.add_rows_kernel, dict(TOP_K=8, HAS_BESIDE=True, BLOCK=1024), sums)
     for name, text in built.items():
-        if ".local" in text:
+        if ".local" in text or "griddepcontrol.wait" not in text:
             print(name)
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from nybble.bench.methods import METHODS
+from nybble.csrc.ops import op_missing
 from nybble.engine.args import EngineArgs
 from nybble.engine.attention.base import StepShape
 from nybble.engine.attention.triton_paged import TritonAttentionBackend
@@ -72,13 +73,16 @@ def layer_kernels(folder: Path, config: Mapping[str, Any], method: str | None = 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("config, method, most", [
-    pytest.param(LLAMA, None, 10, id="llama"), pytest.param(LLAMA, "ct-fp8", 11, id="llama fp8"),
-    pytest.param(LLAMA, "awq", 10, id="llama awq"), pytest.param(MIXTRAL, None, 14, id="mixtral"),
-    pytest.param(MIXTRAL, "ct-fp8", 16, id="mixtral fp8"), pytest.param(MIXTRAL, "gptq-4", 14, id="mixtral gptq"),
+    pytest.param(LLAMA, None, 9, id="llama"), pytest.param(LLAMA, "ct-fp8", 9, id="llama fp8"),
+    pytest.param(LLAMA, "awq", 9, id="llama awq"), pytest.param(MIXTRAL, None, 12, id="mixtral"),
+    pytest.param(MIXTRAL, "ct-fp8", 13, id="mixtral fp8"), pytest.param(MIXTRAL, "gptq-4", 12, id="mixtral gptq"),
+    pytest.param(DEEPSEEK, "ct-fp8", 19, id="deepseek fp8"),
 ])
 @pytest.mark.parametrize("length", [100, 2000])
 def test_a_decoding_layer_is_few_kernels(config, method, most, length, tmp_path):
-    """One more than could be: splits of the keys are merged by a launch of their own, since the last program of a split
-    took longer (9.8 us against 7.0 on an H100). Rounding what attention gives, by token, is another, in FP8."""
+    """Splits of the keys are merged by a launch of their own, since the last program of a split took longer to do it
+    (9.8 us against 7.0 on an H100)."""
+    if method == "ct-fp8" and (reason := op_missing("fp8_gemm", torch.device("cuda"))) is not None:
+        pytest.skip(f"without CUTLASS an output of attention is rounded by a launch of its own: {reason}")
     names = layer_kernels(tmp_path, config, method, length=length)
     assert 5 < len(names) <= most, "\n".join(names)

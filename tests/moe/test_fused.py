@@ -10,14 +10,15 @@ import torch
 from nybble.csrc.contract import Bound, activations, check_product
 from nybble.csrc.launch import Tile
 from nybble.csrc.matrix import QuantizedMatrix
-from nybble.csrc.moe_gemm import CodedStack, PackedStack
+from nybble.csrc.moe_gemm import CodedStack, PackedStack, stacks
+from nybble.csrc.moe_gemm.many_rows import grouped_refusal
 from nybble.csrc.moe_route import align, combine
 from nybble.csrc.quantize import dequantize, quantize
 from nybble.csrc.scheme import Activation, Scheme
-from nybble.moe import Expert, MoEProblem
+from nybble.moe import Expert, MoEProblem, many_rows
 from nybble.moe.backend import PLAIN
 from nybble.moe.fused import FusedBackend
-from nybble.quant import LayerShape, Linear, LinearMethod, Part
+from nybble.quant import LayerShape, Linear, LinearMethod, Part, SplitLinear
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = {"fp16": torch.float16, **({"bf16": torch.bfloat16} if DEVICE.type == "cuda" else {})}
@@ -117,7 +118,7 @@ def rounded(x: torch.Tensor, scheme: Scheme | None) -> torch.Tensor:
 
 def loop(x, weights, ids, experts: list[Expert], scheme: Scheme | None, size: int) -> torch.Tensor:
     """Token by token in float64; inputs are rounded as the scheme says, the hidden values to x's dtype first."""
-    matrices = [(weight_of(e.gate_up), weight_of(e.down)) for e in experts]
+    matrices = [(torch.cat([weight_of(linear) for linear in e.linears()[:-1]]), weight_of(e.down)) for e in experts]
     out = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
     for t in range(len(x)):
         for weight, expert in zip(weights[t], ids[t].tolist()):
@@ -135,27 +136,92 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", SCHEMES)
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_against_a_loop(name, case, dtype):
+def beside_of(scheme: Scheme | None, size: int, k: int, seed: int, dtype, apart: bool) -> torch.nn.Module:
+    """Gate and up, in one layer or each in its own: then their inputs may be in other orders."""
+    if apart:
+        return SplitLinear([linear_of(scheme, (size,), k, seed + 100 * part, dtype) for part in range(2)])
+    return linear_of(scheme, (size, size), k, seed, dtype)
+
+
+def layer_of(name, case, dtype, apart=False):
+    """(backend, its inputs, what they give token by token)"""
     scheme, (tokens, top_k, ids) = SCHEMES[name], CASES[case]
     hidden, intermediate, count = 128, 192, 5
-    experts = [Expert(linear_of(scheme, (intermediate, intermediate), hidden, 2 * e, dtype),
+    experts = [Expert(beside_of(scheme, intermediate, hidden, 2 * e, dtype, apart),
                       linear_of(scheme, (hidden,), intermediate, 2 * e + 1, dtype)) for e in range(count)]
     rng = torch.Generator().manual_seed(tokens)
     chosen = torch.tensor(ids, dtype=torch.int64).view(tokens, top_k) if ids is not None else \
         torch.stack([torch.randperm(count, generator=rng)[:top_k] for _ in range(tokens)])
     weights = torch.rand(tokens, top_k, generator=rng).to(DEVICE)
-    x = torch.randn(tokens, hidden, generator=rng).to(DEVICE, dtype)
-    expected = loop(x, weights, chosen.to(DEVICE), experts, scheme, intermediate)
+    inputs = (torch.randn(tokens, hidden, generator=rng).to(DEVICE, dtype), weights, chosen.to(DEVICE))
+    expected = loop(*inputs, experts, scheme, intermediate)
     problem = MoEProblem(schemes=(scheme or PLAIN,) * 2, even=True, experts=count, top_k=top_k, hidden=hidden,
                          intermediate=intermediate, dtype=dtype, device=DEVICE)
-    found = FusedBackend(experts, problem)(x, weights, chosen.to(DEVICE)).double()
+    return FusedBackend(experts, problem), inputs, expected
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_against_a_loop(name, case, dtype):
+    backend, inputs, expected = layer_of(name, case, dtype)
+    found, scheme = backend(*inputs).double(), SCHEMES[name]
     assert found.shape == expected.shape and found.isfinite().all()
     # Hidden values and expert outputs are rounded to 16 bits; a code that falls the other way moves FP8 by a step.
     coarse = 8 if scheme is not None and scheme.activation is not None and not scheme.activation.static else 1
     assert (found - expected).norm() <= 2 * coarse * torch.finfo(dtype).eps * expected.norm()
+
+
+@pytest.mark.parametrize("name, case, at_once, apart", [
+    *((name, case, 2, False) for name in ("plain", "w4", "w4-order") for case in CASES),
+    ("w4-128", "random", 2, False), ("w8", "random", 2, False), ("plain", "random", 5, True),
+    *(("w4-order", "random", at_once, True) for at_once in (1, 5)),
+])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_many_rows_against_a_loop(monkeypatch, name, case, at_once, apart, dtype):
+    """Some experts' weights in 16 bits at a time, the last part smaller than the others."""
+    backend, inputs, expected = layer_of(name, case, dtype, apart)
+    if backend.many_rows is None:
+        pytest.skip("torch has no grouped product for this device and dtype")
+    backend.many_rows.least_slots, seen, product = 0, [], many_rows.Part.product
+    monkeypatch.setattr(many_rows, "SCRATCH", at_once * 128 * 192 * dtype.itemsize)
+    monkeypatch.setattr(many_rows.Part, "product",
+                        lambda part, *given: seen.append(part.last - part.first) or product(part, *given))
+    found, beside = backend(*inputs), torch.randn_like(inputs[0])
+    assert found.shape == expected.shape and found.dtype == torch.float32 and found.isfinite().all()
+    # Weights are rounded to 16 bits as well, and gate and up before their activation.
+    assert (found.double() - expected).norm() <= 3 * torch.finfo(dtype).eps * expected.norm()
+    if len(expected):
+        assert max(seen) == (5 if name == "plain" else at_once) and sum(seen) == 3 * 5
+    assert torch.equal(backend.run_all(*inputs, beside), found.to(dtype) + beside)
+
+
+def test_from_how_many_rows_on(monkeypatch):
+    """Unsigned codes sooner than plain weights; what torch or the stacks cannot do stays with the kernels here."""
+    def layer(name, dtype=torch.float16):
+        experts = [Expert(linear_of(SCHEMES[name], (64, 64), 64, e, dtype),
+                          linear_of(SCHEMES[name], (64,), 64, e, dtype)) for e in range(2)]
+        return FusedBackend(experts, MoEProblem(
+            schemes=(SCHEMES[name] or PLAIN,) * 2, even=True, experts=2, top_k=1, hidden=64, intermediate=64,
+            dtype=dtype, device=DEVICE)).many_rows
+
+    monkeypatch.setattr(many_rows, "grouped_refusal", lambda *problem: None)
+    assert layer("w4").least_slots == 2 * stacks.PACKED_FROM and layer("plain").least_slots == 2 * stacks.PLAIN_FROM
+    assert layer("fp8") is None and layer("int8-int8") is None
+    monkeypatch.setattr(many_rows, "grouped_refusal", lambda *problem: "no")
+    assert layer("w4") is None
+
+
+@pytest.mark.parametrize("rows, columns, dtype, capability, words", [
+    (64, 64, torch.float16, (9, 0), "of bfloat16 on Hopper"), (64, 64, torch.bfloat16, (8, 0), "of bfloat16 on Hopper"),
+    (64, 60, torch.bfloat16, (9, 0), "rows of whole 16 bytes"), (60, 64, torch.bfloat16, (9, 0), "whole 16 bytes"),
+])
+def test_what_torch_cannot_group(monkeypatch, rows, columns, dtype, capability, words):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    cuda = torch.device("cuda")
+    assert words in grouped_refusal(rows, columns, dtype, cuda)
+    if capability == (9, 0):
+        assert grouped_refusal(64, 64, torch.bfloat16, cuda) is None
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -236,8 +302,9 @@ def test_combine():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["plain", "w4", "fp8-channel"])
-def test_a_captured_graph_follows_the_routing(name):
+@pytest.mark.parametrize("name, many", [("plain", False), ("w4", False), ("fp8-channel", False), ("plain", True),
+                                        ("w4", True)])
+def test_a_captured_graph_follows_the_routing(name, many):
     """Nothing about the routing is decided on the host: one graph serves every choice of experts."""
     scheme, count, top_k, hidden, size = SCHEMES[name], 8, 2, 128, 192
     experts = [Expert(linear_of(scheme, (size, size), hidden, 2 * e, torch.bfloat16),
@@ -245,6 +312,10 @@ def test_a_captured_graph_follows_the_routing(name):
     problem = MoEProblem(schemes=(scheme or PLAIN,) * 2, even=True, experts=count, top_k=top_k, hidden=hidden,
                          intermediate=size, dtype=torch.bfloat16, device=DEVICE)
     backend = FusedBackend(experts, problem)
+    if backend.many_rows is None and many:
+        pytest.skip("torch has no grouped product for this device")
+    if many:
+        backend.many_rows.least_slots = 0
     x, weights = torch.randn(40, hidden, device=DEVICE).bfloat16(), torch.rand(40, top_k, device=DEVICE)
     ids = torch.zeros(40, top_k, dtype=torch.int64, device=DEVICE)
     backend(x, weights, ids)

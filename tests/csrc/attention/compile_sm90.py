@@ -1,4 +1,5 @@
-"""Compile the attention kernels at real shapes for sm_90, without a GPU; prints the name of each that is not pipelined.
+"""Compile the attention kernels at real shapes for sm_90, without a GPU; prints the name of each that is not pipelined,
+or does not wait for the kernel before it.
 
 Run as a program of its own: a process that interprets kernels cannot compile them.
 """
@@ -9,16 +10,17 @@ from triton import compile as build
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nybble.csrc.attention import triton_mla, triton_paged
+from nybble.csrc.attention import triton_decode, triton_mla, triton_paged
 from nybble.csrc.attention.paged import LATENT, MIN_SHARE, TILES, _padded
 
-FLOATS = ("qk_scale", "v_scale")
+FLOATS = ("qk_scale", "k_scale", "v_scale", "eps")
 ODD = ("requests", "heads", "table_stride")  # not multiples of 16, nor are they one
+ONE_LAUNCH = {"slot_ptr": "*i64"}
 PARTS = {"out_ptr": "*fp32", "lse_ptr": "*fp32", "counter_ptr": "*i32"}
 
 
 def ptx(kernel, tile, constants, pointers):
-    constants = {"SPLITS": 1, "MIN_SHARE": MIN_SHARE,
+    constants = {"SPLITS": 1, "MIN_SHARE": MIN_SHARE, "EARLY": True,
                  "UPCAST": False, "BLOCK_M": tile.m, "BLOCK_N": tile.n,
                  "BLOCK_Q": tile.m // constants["GROUP"], **constants}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
@@ -42,6 +44,13 @@ def paged(tile, group, width, tail=0, value=None, page=16, cache="*bf16", **more
     return ptx(triton_paged.attention_kernel, tile, constants, pointers)
 
 
+def in_one_launch(group, width, cache="*bf16", **more):
+    constants = dict(GROUP=group, KV_HEADS=8, D=width, D_PAD=_padded(width), PAGE=16, WINDOW=0, HAS_NORM=False,
+                     FP8=cache != "*bf16", **more)
+    pointers = {"k_ptr": cache, "v_ptr": cache, **ONE_LAUNCH, **(PARTS if "SPLITS" in more else {})}
+    return ptx(triton_decode.decode_kernel, TILES[0], constants, pointers)
+
+
 def latent(tile, group, **more):
     constants = dict(GROUP=group, C=512, R=64, C_PAD=512, R_PAD=64, PAGE=64, ONE_QUERY=tile is LATENT[0], **more)
     return ptx(triton_mla.latent_attention_kernel, tile, constants, PARTS)
@@ -51,12 +60,14 @@ def main() -> None:
     built = {
         "decode": paged(TILES[0], 4, 128), "decode in splits": paged(TILES[0], 4, 64, SPLITS=8),
         "decode, fp8": paged(TILES[0], 4, 128, cache="*fp8e4nv"),
+        "one launch": in_one_launch(4, 128), "one launch in splits": in_one_launch(4, 128, SPLITS=33),
+        "one launch, fp8": in_one_launch(7, 128, "*fp8e4nv", SPLITS=33),
         "prompt": paged(TILES[2], 4, 128), "prompt of 64": paged(TILES[2], 4, 64),
         "expanded": paged(TILES[2], 1, 128, 64, 128, page=0),
         "latent decode": latent(LATENT[0], 16, SPLITS=8), "latent chunk": latent(LATENT[1], 16, SPLITS=8),
     }
     for name, text in built.items():
-        if text.count("cp.async.c") < 8 or ".local" in text:
+        if text.count("cp.async.c") < 8 or ".local" in text or "griddepcontrol.wait" not in text:
             print(name, text.count("cp.async.c"))
 
 

@@ -12,7 +12,7 @@ from nybble.csrc.contract import Bound, activations, check_product
 from nybble.csrc.fp8_gemm import CutlassFp8Kernel, channel_scales
 from nybble.csrc.matrix import QuantizedMatrix
 from nybble.csrc.ops import load_op
-from nybble.csrc.quantize import dequantize, quantize
+from nybble.csrc.quantize import Quantized, dequantize, quantize, triton_quantize
 from nybble.csrc.scaled_gemm import TritonScaledKernel
 from nybble.csrc.scheme import Activation, Scheme
 from nybble.csrc.select import Problem, choose
@@ -117,6 +117,24 @@ def test_contract(library, m, n, k, tensor, activation, dtype):
         bias = torch.randn(n, dtype=dtype, device="cuda") if kind == "positive" else None
         rounded = dequantize(*quantize(x, activation, matrix.input_scale), activation)
         check_product(kernel(x, bias), rounded, matrix.dequant(0, n), bias, bound=BOUND).require(kind)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 3, 8])
+@pytest.mark.parametrize("n, k", [(8, 16), (200, 1408), (264, 4096), (64, 14336)])
+@pytest.mark.parametrize("activation", [TOKEN, STATIC], ids=["token", "static"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_a_few_tokens_rounded_by_the_product_are_those_rounded_before(library, m, n, k, activation, dtype):
+    """Bit for bit: the same codes, summed in the same order; a NaN and an infinity included."""
+    matrix = matrix_of(n, k, tensor=False, activation=activation)
+    kernel, x = CutlassFp8Kernel(matrix, dtype), activations("outliers", m, k, dtype=dtype, device="cuda")
+    x[-1, 5], bias = (float("nan"), float("inf"))[m % 2], torch.randn(n, dtype=dtype, device="cuda")
+    codes, scales = triton_quantize(x, activation, kernel.weights.get("input_scale"))
+    before = kernel.run_rounded(Quantized(codes=codes, scales=scales, dtype=dtype), bias)
+    assert before[-1].isnan().all() and not before[:-1].isnan().any()
+    assert torch.equal(kernel(x, bias)[:-1], before[:-1]) and kernel(x, bias)[-1].isnan().all()
+    rounded = dequantize(codes, scales, activation)[:-1]
+    check_product(before[:-1], rounded, matrix.dequant(0, n), bias, bound=BOUND).require("few rows")
 
 
 @pytest.mark.gpu

@@ -45,7 +45,7 @@ def test_the_choice_is_the_references(name, biased, special):
     torch.testing.assert_close(weights, expected_weights, rtol=2e-6, atol=1e-30, equal_nan=True)
 
 
-@pytest.mark.parametrize("name", ROUTINGS)
+@pytest.mark.parametrize("name", ["mixtral", "v3", "all groups"])
 @pytest.mark.parametrize("biased", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("special", [False, True], ids=["", "special"])
 def test_inputs_and_choice(name, biased, special):

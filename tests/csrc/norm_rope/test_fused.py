@@ -92,7 +92,8 @@ def test_silu(tokens, width, dtype):
     close(fused_silu_mul(x).nan_to_num(), silu_mul(x).nan_to_num(), dtype)
 
 
-@pytest.mark.parametrize("tokens, width", SHAPES)
+@pytest.mark.parametrize("tokens, width", [*SHAPES, pytest.param(2, 14336, marks=pytest.mark.gpu),
+                                           pytest.param(3, 40000, marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("code", CODES)
 @pytest.mark.parametrize("scale", SCALES)

@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from nybble import LLM, SamplingParams
-from nybble.csrc.attention import latent_and_cache_reference, rope_and_cache_reference, write_kv, write_rows
+from nybble.csrc.attention import (
+    attend_paged,
+    latent_and_cache_reference,
+    rope_and_cache_reference,
+    write_kv,
+    write_rows,
+)
 from nybble.engine.attention.base import AttentionProblem
 from nybble.engine.attention.triton_paged import TritonAttentionBackend
 
@@ -18,6 +24,7 @@ PROMPTS = [[RNG.randrange(5, 261) for _ in range(n)] for n in (1, 16, 40)] + [[*
 GREEDY = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True, logprobs=1)
 MLA = dict(num_key_value_heads=4, q_lora_rank=48, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8,
            v_head_dim=24, n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=32)
+ONE = {"num_hidden_layers": 1}  # what the interpreter takes half as long for, where layers are not the question
 CPU = torch.device("cpu")
 
 
@@ -35,6 +42,11 @@ def store(cache, k, v, slots, *, k_scale=1.0, v_scale=1.0):
         write_kv(cache, k, v, slots, k_scale=k_scale, v_scale=v_scale)
 
 
+def rope_then_attend(qkv, cos, sin, cache, slots, batch, *, heads, norms, scale, window, **scales):
+    q = rope_and_cache_reference(qkv, cos, sin, cache, slots, heads=heads, norms=norms, **scales)
+    return attend_paged(q, cache, batch, scale=scale, window=window, **scales)
+
+
 def generate(model, backend, **settings):
     llm = LLM(str(model), use_tqdm_on_load=False, device="cpu", num_gpu_blocks_override=40, attention_backend=backend,
               max_num_batched_tokens=24, **{"dtype": "float32", **settings})
@@ -45,12 +57,13 @@ def generate(model, backend, **settings):
 
 @pytest.mark.parametrize("cache", ["auto", "fp8"])
 @pytest.mark.parametrize("arch, config, settings", [
-    ("Llama", {}, {}), ("Llama", {}, {"block_size": 64}), ("Mistral", {"sliding_window": 13}, {}),
-    ("DeepseekV2", MLA, {})], ids=["llama", "pages of 64", "window", "latent"])
+    ("Llama", {}, {}), ("Llama", ONE, {"block_size": 64}), ("Mistral", {"sliding_window": 13, **ONE}, {}),
+    ("DeepseekV2", MLA | ONE, {})], ids=["llama", "pages of 64", "window", "latent"])
 def test_chunks_prefixes_and_decoding(arch, config, settings, cache, make_checkpoint, monkeypatch):
     if cache == "fp8":  # the interpreter rounds to FP8 wrongly
         here = "nybble.engine.attention.triton_paged"
         for name, plain in (("store_kv", store), ("rope_and_cache", rope_and_cache_reference),
+                            ("rope_and_attend", rope_then_attend),
                             ("latent_and_cache", latent_and_cache_reference)):
             monkeypatch.setattr(f"{here}.{name}", plain)
     model = make_checkpoint(arch, **config)
@@ -69,7 +82,7 @@ def test_latents_of_long_requests_are_expanded_in_parts(tokens, make_checkpoint,
     monkeypatch.setattr("nybble.engine.attention.triton_paged.EXPANDED_TOKENS", tokens)
     monkeypatch.setattr("nybble.engine.attention.triton_paged.EXPANDED_CHUNK", 16)
     monkeypatch.setattr("nybble.engine.attention.triton_paged.absorbing_is_cheaper", lambda *lengths, **sizes: False)
-    model = make_checkpoint("DeepseekV2", **MLA)
+    model = make_checkpoint("DeepseekV2", **MLA, **ONE)
     assert generate(model, "triton")[0] == generate(model, "torch")[0]
 
 

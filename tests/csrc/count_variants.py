@@ -1,0 +1,126 @@
+"""What Triton would compile for steps of every size, without compiling; prints each kernel that warm-up does not cover.
+
+Run as a program of its own: a process that interprets kernels has no variants of them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from nybble.csrc.attention import paged
+from nybble.csrc.attention.paged import Ragged, attend_latent, attend_paged
+from nybble.csrc.matrix import QuantizedMatrix
+from nybble.csrc.moe_gemm import CodedStack
+from nybble.csrc.moe_gemm.grouped import sort_slots
+from nybble.csrc.moe_route import Routing, align, choose_experts
+from nybble.csrc.sampling import take_pending
+from nybble.csrc.scaled_gemm import TritonScaledKernel
+from nybble.csrc.scaled_gemm import linear as scaled
+from nybble.csrc.scheme import Activation, Scheme
+from nybble.csrc.w4a16_gemm import TritonW4A16Kernel
+from nybble.csrc.w4a16_gemm import linear as w4a16
+from nybble.engine.worker.decode_graphs import graph_sizes
+from nybble.moe.fused import TILES, tile_for
+
+# As GPUWorker.warm_up and its graphs have them; then what requests bring, but for prompts and chunks of 2 to 4 tokens,
+# whose attention has a tile that waits for the first of them.
+PROMPTS, DECODES = [16 << i for i in range(9)], graph_sizes(256)
+ODD = [5, 7, 9, 13, 17, 23, 33, 50, 65, 100, 129, 200, 257, 300, 777, 1000, 1001, 2047, 3333, 4095]
+TOKEN = Activation(dtype="fp8_e4m3", scale="token")
+SHAPES = ((1536, 1024), (1024, 1024), (1024, 3584))
+HEADS, KV_HEADS, WIDTH, PAGE, EXPERTS, TOP_K = 32, 8, 128, 16, 8, 2
+BF16 = torch.bfloat16
+
+
+class Hopper:
+    """A device that is only asked what it is."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+def fp8(rows, columns):
+    return QuantizedMatrix(scheme=Scheme(code="fp8_e4m3", bits=8, activation=TOKEN), rows=rows, columns=columns,
+                           codes=lambda start, stop: torch.zeros(stop - start, columns, dtype=torch.float8_e4m3fn),
+                           scales=torch.ones(rows, 1))
+
+
+def int4(rows, columns):
+    groups = columns // 128
+    return QuantizedMatrix(scheme=Scheme(code="uint", bits=4, group=128, zero_point=True), rows=rows, columns=columns,
+                           codes=lambda start, stop: torch.zeros(stop - start, columns, dtype=torch.uint8),
+                           scales=torch.ones(rows, groups, dtype=BF16), zeros=torch.zeros(rows, groups).byte())
+
+
+class Steps:
+    """Everything that a step launches, on CPU tensors that no kernel ever sees."""
+
+    def __init__(self) -> None:
+        self.linears = [kind(matrix(*shape), BF16) for shape in SHAPES
+                        for kind, matrix in ((TritonScaledKernel, fp8), (TritonW4A16Kernel, int4))]
+        self.gate, self.up = (CodedStack(EXPERTS, None, None) for _ in range(2))
+        for stack in (self.gate, self.up):
+            for number in range(EXPERTS):
+                stack.put_plain(number, torch.zeros(512, 1024, dtype=BF16))
+        self.cache = torch.zeros(2, 4, PAGE, KV_HEADS, WIDTH, dtype=BF16)
+        self.latents = torch.zeros(1, 4, PAGE, 1, 512 + 64, dtype=BF16)
+
+    def run(self, lens: list[int]) -> None:
+        """Requests with `lens` tokens each."""
+        tokens, count = sum(lens), len(lens)
+        for linear in self.linears:
+            linear(torch.zeros(tokens, linear.columns, dtype=BF16))
+        batch = Ragged(query_start=torch.zeros(count + 1, dtype=torch.int32), max_query_len=max(lens),
+                       seq_lens=torch.zeros(count, dtype=torch.int32), block_table=torch.zeros(count, 64).int())
+        attend_paged(torch.zeros(tokens, HEADS, WIDTH, dtype=BF16), self.cache, batch, scale=1.0, splits=1)
+        attend_latent(torch.zeros(tokens, HEADS, 512, dtype=BF16), torch.zeros(tokens, HEADS, 64, dtype=BF16),
+                      self.latents, batch, scale=1.0, splits=1)
+        x = torch.zeros(tokens, 1024, dtype=BF16)
+        choose_experts(x, torch.zeros(EXPERTS, 1024, dtype=BF16), Routing(top_k=TOP_K))
+        chosen = torch.zeros(tokens, TOP_K, dtype=torch.int64)
+        tile = tile_for(-(-chosen.numel() // EXPERTS), TILES)
+        layout = align(chosen, EXPERTS, tile.m)
+        self.gate.run(x, layout, x.new_empty(chosen.numel(), 512), tile, rows_per_slot=TOP_K, up=self.up)
+        sort_slots(chosen, EXPERTS)
+        take_pending(torch.zeros(tokens, dtype=torch.int64), torch.zeros(8, dtype=torch.int64))
+
+
+def main() -> None:
+    driver.set_active(Hopper())
+    warm: dict[str, set[str]] = defaultdict(set)
+    late: dict[str, set[str]] = defaultdict(set)
+    seen = warm
+
+    def note(*, key: Any, fn: Any, **_: Any) -> bool:
+        """Called for a variant that is not there; that it answers yes keeps it from being compiled and launched."""
+        seen[fn.name].add(str(key))
+        return True
+
+    knobs.runtime.jit_cache_hook = note
+    for module in (scaled, w4a16, paged):
+        module.multiprocessors = lambda device: 132
+    steps = Steps()
+    for lens in [*([prompt] for prompt in PROMPTS), *([1] * rows for rows in DECODES)]:
+        steps.run(lens)
+    seen = late
+    for lens in [*([tokens] for tokens in ODD), *([tokens] * 3 for tokens in ODD), [1, 300], [1] * 15 + [1000]]:
+        steps.run(lens)
+    for name in sorted(late):
+        if more := late[name] - warm[name]:
+            print(f"{name}: {len(warm[name])} variants in warm-up, {len(more)} more for other numbers of tokens")
+
+
+if __name__ == "__main__":
+    main()
