@@ -16,7 +16,7 @@ __device__ inline uint4 read_once(uint8_t const* p) {
   return v;
 }
 
-// Before it only weights may be read: the kernel that makes the inputs may still run. The kernel behind this one may be
+// Before it only weights may be read, which no kernel in flight writes: the one that makes the inputs may still run. The kernel behind this one may be
 // launched from here on; it waits in its turn.
 __device__ inline void wait_for_inputs() {
 #if __CUDA_ARCH__ >= 900

@@ -87,8 +87,8 @@ class MoEBackend(ABC):
 
         Args:
             x: [T, hidden]. weights: [T, top_k] float32.
-            experts: [T, top_k] int64, numbers among the experts this backend was made with; -1 is somebody else's, or
-                a row that is only padding, and adds nothing.
+            experts: [T, top_k] int64, numbers among the experts this backend was made with, a token's all different; -1
+                is somebody else's, or a row that is only padding, and adds nothing.
         Returns:
             [T, hidden] float32: the weighted sum over each token's experts, added up in a fixed order.
         """

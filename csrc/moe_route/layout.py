@@ -30,7 +30,8 @@ class Layout:
 
 
 def align(experts: Tensor, count: int, block: int) -> Layout:
-    """The layout of experts [T, top_k] (numbers below `count`, or -1: in no tile), `block` slots to a tile."""
+    """The layout of experts [T, top_k] (numbers below `count`, a token's all different, or -1: in no tile), `block`
+    slots to a tile."""
     from .triton_kernel import align_kernel
 
     slots = experts.numel()

@@ -70,6 +70,8 @@ __global__ void __launch_bounds__(kThreads) silu_mul(Args p) {
     if (at < p.width) *reinterpret_cast<uint2*>(p.codes + token * p.width + at) = nybble::codes_of<T>(y[run], scale);
   }
   cluster.sync();  // nobody's shared memory goes while another block reads it
+#else
+  __trap();  // older devices have no clusters; the library is built for them all the same, for its other kernels
 #endif
 }
 

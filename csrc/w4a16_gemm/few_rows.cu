@@ -109,7 +109,7 @@ __host__ __device__ constexpr int staged_bytes(int tokens, int blocks) {
   return 2 * (tokens * staged_row(blocks) + kBlock);
 }
 
-// What a lane holds of a block for one row: its codes, and the row's scale and zero point.
+// What a lane holds of a block for one row: its codes, and the row's scale and zero point, 0 to 127.
 template <typename S>
 struct Row {
   uint4 codes;
@@ -323,9 +323,10 @@ __global__ void __launch_bounds__(kThreads, 2) few_rows_of_experts(Experts p) {
 }
 
 // Tokens up to which inputs go through shared memory: every block of threads puts all of them there. On an H100, 28672
-// outputs of 4096 inputs: one token 26.5 us, read where it is 33.6; two 27.5 and 32.7; eight 56 and 33. And their bytes,
-// which leave two blocks their place on a multiprocessor.
-constexpr int kStagedTokens = 2, kStagedBytes = 100 * 1024;
+// outputs of 4096 inputs: one token 26.5 us, read where it is 33.6; two 27.5 and 32.7; eight 56 and 33. And their bytes:
+// with the sums beside them less than the 99 KiB that a block has on the smallest of devices.
+constexpr int kStagedTokens = 2, kStagedBytes = 80 * 1024;
+static_assert(kStagedBytes + 2 * sizeof(Sums<8>) <= 99 * 1024);
 
 // The launch with inputs in shared memory where that is better, else the one that reads them where they are.
 template <typename Args>

@@ -59,7 +59,8 @@ def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | None, out: Tensor,
 def multiply(x: Tensor, weights: Mapping[str, Tensor], form: Format, bias: Tensor | None, out: Tensor) -> None:
     """out [M, N] = x [M, K] W^T + bias, W of `weights` as `TritonW4A16Kernel` keeps them, x in stored order.
 
-    Weights are rounded to x's dtype; sums are cuBLAS's, of float32.
+    Weights are rounded to x's dtype; sums are cuBLAS's, of float32. Where it splits a sum, torch lets it add the parts
+    in 16 bits (`torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction`, true by default).
     """
     (rows, columns), codes, zeros = (out.shape[1], x.shape[1]), weights["codes"], weights.get("zeros")
     step = rows_at_once(rows, columns * x.element_size())

@@ -269,8 +269,7 @@ def test_async_front_end_survives_its_users(llama, monkeypatch):
         engine._handle.process.send_signal(signal.SIGSTOP)
         call = asyncio.create_task(engine.reset_prefix_cache())
         await asyncio.sleep(0.05)
-        engine._handle.process.send_signal(signal.SIGCONT)
-        engine._handle.process.kill()
+        engine._handle.process.kill()  # a stopped process dies of it, and never answers
         with pytest.raises(EngineDeadError):
             await asyncio.wait_for(call, 3)
         await engine.shutdown()
