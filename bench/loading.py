@@ -139,7 +139,8 @@ def drop_from_memory(checkpoint: Checkpoint) -> None:
     """Ask the system to forget the files' pages; it may keep some."""
     for file in checkpoint.files:
         with FileIO(file.path) as handle:
-            os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            if hasattr(os, "posix_fadvise"):  # macOS has none: cold is then as warm
+                os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def plain_read(checkpoint: Checkpoint) -> None:

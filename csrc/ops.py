@@ -56,7 +56,10 @@ def resolve(library: KernelLibrary, arch: str) -> Resolution:
     looks: dict[str, Look] = {"folder": _in_folder, "package": _in_package, "cache": _in_cache, "jit": _by_jit}
     refusals: dict[str, str] = {}
     for source, look in looks.items():
-        path, reason = look(library, arch)
+        try:
+            path, reason = look(library, arch)
+        except OSError as error:  # a folder that may not be searched
+            path, reason = None, str(error)
         if not reason:
             return Resolution(source=source, path=path, refusals=refusals)
         refusals[source] = reason
@@ -188,16 +191,28 @@ def load_op(op: str, arch: str | None = None) -> Any:
     return getattr(torch.ops.nybble, op).default
 
 
-@cache
 def _load(library: KernelLibrary, arch: str) -> None:
+    if (failure := _tried(library, arch)) is not None:
+        raise failure
+
+
+@cache
+def _tried(library: KernelLibrary, arch: str) -> KernelBuildError | None:
+    """Load a library, once a process: why it failed is remembered, too, and not tried again by each of its ops."""
     import torch
 
-    path = obtain(library, arch)
+    try:
+        path = obtain(library, arch)
+    except OSError as error:
+        return KernelBuildError(f"{library.name} for {library.target(arch)} cannot be built", found=error)
+    except KernelBuildError as error:
+        return error
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        raise KernelBuildError(f"{path} does not load", found=error,
-                               fix="remove it, and it is built anew; it needs torch >= 2.11") from error
+        return KernelBuildError(f"{path} does not load", found=error,
+                                fix="remove it, and it is built anew; it needs torch >= 2.11")
+    return None
 
 
 def _library(op: str) -> KernelLibrary:

@@ -30,6 +30,7 @@ CUDA_FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "-Xcompiler", "-fPIC,-fvisibility
 CPU_FLAGS = ("-std=c++17", "-O2", "-fvect-cost-model=dynamic", "-fpeel-loops", "-funswitch-loops", "-fsplit-loops",
              "-ffp-contract=fast", "-DNDEBUG", "-fPIC", "-fvisibility=hidden")
 CPUINFO = Path("/proc/cpuinfo")
+MODEL_KEYS = ("vendor_id", "cpu family", "model", "CPU implementer", "CPU architecture", "CPU variant", "CPU part")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +149,8 @@ def processor(cpuinfo: Path | None = None) -> str:
     features = {" ".join(sorted(value.split())) for key, _, value in said if key.strip() in ("flags", "Features")}
     if not features:
         return ""
+    # A compiler asks the processor itself, and may learn of features that an old Linux does not list.
+    features |= {f"{key.strip()} {value.strip()}" for key, _, value in said if key.strip() in MODEL_KEYS}
     return f"{platform.machine()}_{hashlib.sha256(repr(sorted(features)).encode()).hexdigest()[:8]}"
 
 

@@ -106,7 +106,7 @@ class Worker {
     int begin, end, rows = rows_of(tile);
     bounds(tile, begin, end);
     load_queries(tile);
-    std::fill(total.largest, total.largest + rows, -INFINITY);
+    clear(total, rows);
     for (int part = begin / PART; part * PART < end; part++) {
       const bool last = (part + 1) * PART >= end;
       attend(tile, std::max(begin, part * PART), std::min(end, (part + 1) * PART), part_sums,
@@ -133,6 +133,13 @@ class Worker {
   }
 
  private:
+  // Nothing seen yet: a row that sees no number ends as 0 / 0.
+  void clear(const State& state, int rows) const {
+    std::fill(state.largest, state.largest + rows, -INFINITY);
+    std::fill(state.total, state.total + rows, 0.0f);
+    std::memset(state.values, 0, sizeof(float) * rows * width);
+  }
+
   int first_position(const Tile& tile) const {
     int queries = a.query_start[tile.request + 1] - a.query_start[tile.request];
     return a.seq_lens[tile.request] - queries + tile.first;
@@ -155,9 +162,7 @@ class Worker {
   // The sums of a tile's rows over keys [begin, end) of one part.
   void attend(const Tile& tile, int begin, int end, const State& sums, const Tile* upcoming) {
     const int all = rows_of(tile), rows = tile.count * group, position = first_position(tile);
-    std::fill(sums.largest, sums.largest + all, -INFINITY);
-    std::fill(sums.total, sums.total + all, 0.0f);
-    std::memset(sums.values, 0, sizeof(float) * all * width);
+    clear(sums, all);
     for (int chunk = begin / KEYS * KEYS; chunk < end; chunk += KEYS) {
       int first = std::max(begin - chunk, 0), last = std::min(end - chunk, KEYS), columns = padded(last);
       find_keys(tile, chunk, first, last, keys_at);
@@ -169,11 +174,26 @@ class Worker {
       for (int head = 0; head < tile.heads; head++) {
         const int row = head * rows;
         pack_keys(head * a.dim, first, last);
-        pack_values(head * a.dim, first, last);
+        const bool numbers = pack_values(head * a.dim, first, last);
         product(scores, KEYS, q + row * width, width, keys, KEYS, rows, a.dim, columns, false);
         for (int r = 0; r < rows; r++) soften(sums, row + r, scores + r * KEYS, position + r / group - chunk, columns);
-        product(sums.values + row * width, width, scores, KEYS, values, width, rows, last, width, true);
+        if (numbers)
+          product(sums.values + row * width, width, scores, KEYS, values, width, rows, last, width, true);
+        else
+          add_seen(sums, row, rows, position - chunk, first, last);
       }
+    }
+  }
+
+  // A chunk's values with infinities or NaN among them, which a weight of zero would not keep away: each row adds just
+  // those that it sees.
+  void add_seen(const State& sums, int row, int rows, int own, int first, int last) const {
+    for (int r = 0; r < rows; r++) {
+      const int newest = own + r / group;
+      const int from = a.window ? std::max(first, newest - a.window + 1) : first, to = std::min(last, newest + 1);
+      if (from < to)
+        product(sums.values + (row + r) * width, width, scores + r * KEYS + from, KEYS, values + from * width, width, 1,
+                to - from, width, true);
     }
   }
 
@@ -222,8 +242,10 @@ class Worker {
       }
   }
 
-  // values [KEYS][width]; what is before `first` may be anything in the cache, and is taken as zeros.
-  void pack_values(int at, int first, int last) {
+  // values [KEYS][width]; what is before `first` may be anything in the cache, and is taken as zeros. Whether all are
+  // finite.
+  bool pack_values(int at, int first, int last) {
+    Floats odd{};  // x - x is not zero for an infinity or NaN
     const int dim = a.dim, whole = dim / LANES * LANES;
     float* to = values;
     std::memset(to, 0, sizeof(float) * first * width);
@@ -231,11 +253,18 @@ class Worker {
     for (int i = first; i < last; i++, to += width) {
       const T *from = keys_at[i] + at + a.plane_size, *next = ahead[i] + at + a.plane_size;
       for (int d = 0; d < whole; d += LANES) {
-        store(to + d, load(from + d));
+        Floats x = load(from + d);
+        store(to + d, x);
+        odd += x - x;
         __builtin_prefetch(next + d);
       }
-      if (whole < dim) store(to + whole, load(from + whole, dim - whole));
+      if (whole < dim) {
+        Floats x = load(from + whole, dim - whole);
+        store(to + whole, x);
+        odd += x - x;
+      }
     }
+    return sum(odd) == 0;
   }
 
   // The scores of row r become weights 2^(score - largest), zero for keys that its query, the chunk's key `own`, does

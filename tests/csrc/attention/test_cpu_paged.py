@@ -171,3 +171,41 @@ def test_what_does_not_fit_is_refused_by_the_op():
         attend_paged_cpu(q, cache, long, scale=1.0)
     with pytest.raises(RuntimeError, match="of the values' dtype"):
         attend_paged_cpu(q, cache.bfloat16(), batch, scale=1.0)
+
+
+def decoding(values, keys=3):
+    """(q, cache, batch) of requests with one query each over some keys of ones, their values all `values[i]`."""
+    count = len(values)
+    cache = torch.ones(2, count * keys, 1, 1, 8)
+    cache[1] = torch.tensor(values).repeat_interleave(keys)[:, None, None, None]
+    batch = Ragged(query_start=torch.arange(count + 1).int(), seq_lens=torch.full((count,), keys).int(),
+                   block_table=torch.arange(count * keys).int().view(count, keys), max_query_len=1)
+    return torch.ones(count, 1, 8), cache, batch
+
+
+@pytest.mark.parametrize("keys", [3, 1200], ids=["whole", "in parts"])
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_row_that_sees_no_number_takes_nothing_of_its_neighbours(threads, number, keys):
+    """All of its scores are minus infinity: 0 / 0, and not what the memory held of another request."""
+    threads(number)
+    values = [float(i) for i in range(40 if keys == 3 else 2)]
+    q, cache, batch = decoding(values, keys)
+    victim = len(values) // 2
+    q[victim], cache[0, victim * keys : (victim + 1) * keys] = float("inf"), -1.0
+    found = attend_paged_cpu(q, cache, batch, scale=1.0)
+    assert found[victim].isnan().all()
+    others = [i for i in range(len(values)) if i != victim]
+    assert torch.allclose(found[others, 0, 0], torch.tensor(values)[others])
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("odd", [float("inf"), float("nan")])
+def test_values_that_are_no_numbers_stay_with_the_tokens_that_see_them(window, odd):
+    """A prompt's rows before such a value are those of a prompt without it, bit for bit."""
+    q, cache, batch = batch_of([(20, 20), (6, 6)], heads=4, kv_heads=2, dim=24)
+    clean = attend_paged_cpu(q, cache, batch, scale=0.2, window=window)
+    slot = batch.block_table[0, 9 // 16] * 16 + 9 % 16
+    cache.flatten(1, 2)[1, slot] = odd
+    found = attend_paged_cpu(q, cache, batch, scale=0.2, window=window)
+    sees = torch.tensor([9 <= i < 9 + (window or 20) and i < 20 for i in range(26)])
+    assert torch.equal(found[~sees], clean[~sees]) and not found[sees].isfinite().any()

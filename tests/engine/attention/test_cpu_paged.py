@@ -77,7 +77,7 @@ def test_it_goes_first_where_it_can_run():
 def forgetful():
     """What is asked once a process is asked anew, before and after."""
     def forget():
-        for function in (ops._missing, ops.optional_op, ops.load_op, ops._load):
+        for function in (ops._missing, ops.optional_op, ops.load_op, ops._tried):
             function.cache_clear()
 
     forget()
