@@ -7,7 +7,7 @@ import triton.language as tl
 
 
 def _raised(shift: int, exponent: int) -> tl.constexpr:
-    """PTX that puts the codes of $2's four bytes, `shift` bits up, under the upper bytes of 16-bit floats: $0 and $1."""
+    """PTX that puts the codes of $2's bytes, `shift` bits up, under the upper bytes of 16-bit floats: $0 and $1."""
     codes = f"shr.u32 t, $2, {shift}; and.b32 t, t," if shift else "and.b32 t, $2,"
     upper = f"0x{exponent * 0x01010101:08X}"
     return tl.constexpr(f"{{ .reg .b32 t; {codes} 0x0F0F0F0F; prmt.b32 $0, t, {upper}, 0x4140; "
