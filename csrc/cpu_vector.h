@@ -8,6 +8,8 @@
 #include <immintrin.h>
 #endif
 
+#include "cpu_type.h"
+
 namespace nybble {
 
 #if defined(__AVX512F__)
@@ -29,6 +31,17 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
+
+// f of a value of the type named; -2, a kernel's error code, for a type that has none.
+template <typename F>
+inline int by_type(CpuType type, const F& f) {
+  switch (type) {
+    case CPU_FLOAT32: f(float{}); return 0;
+    case CPU_BFLOAT16: f(BFloat16{}); return 0;
+    case CPU_FLOAT16: f(Float16{}); return 0;
+  }
+  return -2;
+}
 
 constexpr int padded(int width) { return (width + LANES - 1) / LANES * LANES; }
 

@@ -401,10 +401,5 @@ void run(const CpuAttention& a) {
 
 extern "C" int nybble_cpu_attention(const CpuAttention* a) {
   if (a->heads / a->kv_heads > TILE_ROWS) return -1;
-  switch (a->type) {
-    case CPU_FLOAT32: run<float>(*a); return 0;
-    case CPU_BFLOAT16: run<BFloat16>(*a); return 0;
-    case CPU_FLOAT16: run<Float16>(*a); return 0;
-  }
-  return -2;
+  return by_type(a->type, [&](auto value) { run<decltype(value)>(*a); });
 }

@@ -4,10 +4,9 @@
 #include <cstdint>
 
 #include "cpu_threads.h"
+#include "cpu_type.h"
 
 namespace nybble {
-
-enum CpuType { CPU_FLOAT32, CPU_BFLOAT16, CPU_FLOAT16 };
 
 // One call over T tokens of R requests. q [T, heads, dim] with rows q_stride apart, out dense, both of `type` as the
 // cache [2, blocks, block_size, kv_heads, dim]; plane_size and strides in values.

@@ -80,16 +80,6 @@ void rope_and_cache(const CpuStore& a) {
   });
 }
 
-template <typename F>
-int by_type(CpuType type, const F& f) {
-  switch (type) {
-    case CPU_FLOAT32: f(float{}); return 0;
-    case CPU_BFLOAT16: f(BFloat16{}); return 0;
-    case CPU_FLOAT16: f(Float16{}); return 0;
-  }
-  return -2;
-}
-
 }  // namespace
 
 extern "C" int nybble_cpu_store_kv(const CpuStore* a) {

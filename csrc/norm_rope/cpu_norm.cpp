@@ -61,19 +61,9 @@ void silu_mul(const CpuGate& a) {
 }  // namespace
 
 extern "C" int nybble_cpu_rms_norm(const CpuNorm* a) {
-  switch (a->type) {
-    case 0: rms_norm<float>(*a); return 0;
-    case 1: rms_norm<BFloat16>(*a); return 0;
-    case 2: rms_norm<Float16>(*a); return 0;
-  }
-  return -2;
+  return by_type(a->type, [&](auto value) { rms_norm<decltype(value)>(*a); });
 }
 
 extern "C" int nybble_cpu_silu_mul(const CpuGate* a) {
-  switch (a->type) {
-    case 0: silu_mul<float>(*a); return 0;
-    case 1: silu_mul<BFloat16>(*a); return 0;
-    case 2: silu_mul<Float16>(*a); return 0;
-  }
-  return -2;
+  return by_type(a->type, [&](auto value) { silu_mul<decltype(value)>(*a); });
 }

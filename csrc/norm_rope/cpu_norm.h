@@ -4,10 +4,11 @@
 #include <cstdint>
 
 #include "cpu_threads.h"
+#include "cpu_type.h"
 
 namespace nybble {
 
-// x [rows, width] with rows x_stride apart, out dense, all of type 0 float32, 1 bfloat16 or 2 float16.
+// x [rows, width] with rows x_stride apart, out dense, all of `type`.
 struct CpuNorm {
   void* out;
   void* total;           // x + residual; null without one
@@ -16,7 +17,7 @@ struct CpuNorm {
   const void* weight;
   int64_t rows, width, x_stride, residual_stride;
   float eps;
-  int type;
+  CpuType type;
   Parallel parallel;
 };
 
@@ -25,7 +26,7 @@ struct CpuGate {
   void* out;
   const void* x;
   int64_t rows, width, x_stride;
-  int type;
+  CpuType type;
   Parallel parallel;
 };
 
