@@ -113,9 +113,9 @@ def rope_and_attend(qkv: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, slots:
         qkv.stride(0), cos.stride(0), k.stride(0), k.stride(1), batch.block_table.stride(0), scale * k_scale * LOG2E,
         k_scale, v_scale, eps,
         GROUP=group, KV_HEADS=kv_heads, D=width, D_PAD=_padded(width), PAGE=page, WINDOW=window or 0,
-        HAS_NORM=norms is not None, FP8=cache.dtype == torch.float8_e4m3fn, SPLITS=plan.splits, MIN_SHARE=MIN_SHARE,
-        UPCAST=_upcast(q), BLOCK_M=tile.m, BLOCK_N=tile.n, num_warps=tile.warps, num_stages=tile.stages,
-        **early(qkv.device))
+        HAS_NORM=norms is not None, FP8=cache.dtype == torch.float8_e4m3fn, IN_PARTS=plan.splits > 1,
+        MIN_SHARE=MIN_SHARE, UPCAST=_upcast(q), BLOCK_M=tile.m, BLOCK_N=tile.n, num_warps=tile.warps,
+        num_stages=tile.stages, **early(qkv.device))
     return plan.merged(out, target, lse)
 
 
@@ -157,7 +157,7 @@ def attend_latent(q: Tensor, q_pe: Tensor, cache: Tensor, batch: Ragged, *, scal
         q.stride(0), q.stride(1), q_pe.stride(0), q_pe.stride(1), width, batch.block_table.stride(0),
         scale * kv_scale * LOG2E, kv_scale,
         GROUP=group, C=latent, R=pe, C_PAD=_padded(latent), R_PAD=_padded(pe), PAGE=page, ONE_QUERY=plan.one_query,
-        SPLITS=plan.splits, MIN_SHARE=MIN_SHARE, UPCAST=_upcast(q), BLOCK_Q=tile.m // group, BLOCK_M=tile.m,
+        IN_PARTS=plan.splits > 1, MIN_SHARE=MIN_SHARE, UPCAST=_upcast(q), BLOCK_Q=tile.m // group, BLOCK_M=tile.m,
         BLOCK_N=tile.n, num_warps=tile.warps, num_stages=tile.stages, **early(q.device))
     return plan.merged(out, target, lse)
 
@@ -222,7 +222,7 @@ class _Plan:
             width = out.shape[2]
             block = min(MERGE_WIDTH, _padded(width))
             merge_kernel[(out.shape[0] * out.shape[1], -(-width // block))](
-                parts, lse, out, D_V=width, SPLITS=self.splits, SPLITS_PAD=_pow2(self.splits), BLOCK_D=block,
+                parts, lse, out, self.splits, D_V=width, SPLITS_PAD=_pow2(self.splits), BLOCK_D=block,
                 **early(out.device))
         return out
 
@@ -260,7 +260,7 @@ def _launch(q: Tensor, q_tail: Tensor, k: Tensor, k_tail: Tensor, v: Tensor, bat
         batch.block_table.stride(0),
         qk_scale * LOG2E, v_scale,
         GROUP=group, D=main, D_TAIL=tail, D_V=width, D_PAD=_padded(main), TAIL_PAD=_padded(tail), V_PAD=_padded(width),
-        PAGE=page, WINDOW=window or 0, ONE_QUERY=plan.one_query, SPLITS=plan.splits, MIN_SHARE=MIN_SHARE,
+        PAGE=page, WINDOW=window or 0, ONE_QUERY=plan.one_query, IN_PARTS=plan.splits > 1, MIN_SHARE=MIN_SHARE,
         UPCAST=_upcast(q), BLOCK_Q=tile.m // group, BLOCK_M=tile.m, BLOCK_N=tile.n,
         num_warps=tile.warps, num_stages=tile.stages, **early(q.device))
     return plan.merged(out, target, lse)

@@ -35,11 +35,11 @@ def decode_kernel(
     qkv_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, k_ptr, v_ptr, slot_ptr, out_ptr, lse_ptr, seq_len_ptr,
     table_ptr, qkv_token, cos_token, cache_slot, cache_head, table_stride, qk_scale, k_scale, v_scale, eps,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr,
-    WINDOW: tl.constexpr, HAS_NORM: tl.constexpr, FP8: tl.constexpr, SPLITS: tl.constexpr, MIN_SHARE: tl.constexpr,
+    WINDOW: tl.constexpr, HAS_NORM: tl.constexpr, FP8: tl.constexpr, IN_PARTS: tl.constexpr, MIN_SHARE: tl.constexpr,
     UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EARLY: tl.constexpr,
 ):
     """`attention_kernel` of requests with one query each, of qkv [R, (GROUP KV_HEADS + 2 KV_HEADS) D] as it leaves its
-    product. Grid: (R, KV_HEADS, SPLITS).
+    product. Grid: (R, KV_HEADS, splits), more than one IN_PARTS.
 
     The program whose keys are the last stores the new key and value at the request's slot. It does not read them back:
     the softmax starts with that key, as the cache would give it. A request with no keys writes nothing to the cache.
@@ -49,13 +49,14 @@ def decode_kernel(
     length, row = tl.load(seq_len_ptr + request), request.to(tl.int64)
     m, d = tl.arange(0, BLOCK_M), tl.arange(0, D_PAD)[None, :]
     head, m_in = kv_head * GROUP + m, m < GROUP
-    at = (row * (GROUP * KV_HEADS) + head) * SPLITS + split
+    splits = tl.num_programs(2)
+    at = (row * (GROUP * KV_HEADS) + head) * splits + split
 
     first, last = 0, length
     if WINDOW > 0:
         first = tl.maximum(0, length - WINDOW) // BLOCK_N * BLOCK_N
-    if SPLITS > 1:
-        first, last = share_of(split, first, last, SPLITS, MIN_SHARE, BLOCK_N)
+    if IN_PARTS:
+        first, last = share_of(split, first, last, splits, MIN_SHARE, BLOCK_N)
         if first >= last:
             tl.store(lse_ptr + at, tl.zeros((BLOCK_M,), tl.float32) - float("inf"), mask=m_in)
             return
@@ -95,5 +96,5 @@ def decode_kernel(
 
     out = acc * (v_scale / tl.where(total == 0.0, 1.0, total))[:, None]  # a padded row has seen nothing: zeros
     tl.store(out_ptr + at[:, None] * D + d, out.to(out_ptr.dtype.element_ty), mask=m_in[:, None] & (d < D))
-    if SPLITS > 1:
+    if IN_PARTS:
         tl.store(lse_ptr + at, top + tl.log2(total), mask=m_in)

@@ -14,7 +14,7 @@ def latent_attention_kernel(
     q_ptr, q_pe_ptr, rows_ptr, out_ptr, lse_ptr, query_start_ptr, seq_len_ptr, table_ptr, requests, heads,
     q_token, q_head, q_pe_token, q_pe_head, row_slot, table_stride, qk_scale, v_scale,
     GROUP: tl.constexpr, C: tl.constexpr, R: tl.constexpr, C_PAD: tl.constexpr, R_PAD: tl.constexpr,
-    PAGE: tl.constexpr, ONE_QUERY: tl.constexpr, SPLITS: tl.constexpr, MIN_SHARE: tl.constexpr, UPCAST: tl.constexpr,
+    PAGE: tl.constexpr, ONE_QUERY: tl.constexpr, IN_PARTS: tl.constexpr, MIN_SHARE: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EARLY: tl.constexpr,
 ):
     """As `attention_kernel`, of rows [C + R] whose first C values are also the values; GROUP heads a program.
@@ -23,7 +23,7 @@ def latent_attention_kernel(
     of its parts, and few heads do not leave most of a tensor core's 64 rows empty.
     """
     start_early(EARLY)
-    split = tl.program_id(2)
+    split, splits = tl.program_id(2), tl.num_programs(2)
     request, begin, queries, first_query, length = query_tile(query_start_ptr, seq_len_ptr, requests, ONE_QUERY,
                                                               BLOCK_Q)
     if first_query >= queries:
@@ -36,10 +36,10 @@ def latent_attention_kernel(
     token = (begin + query).to(tl.int64)
 
     first, last = 0, tl.minimum(length, length - queries + first_query + BLOCK_Q)
-    if SPLITS > 1:
-        first, last = share_of(split, first, last, SPLITS, MIN_SHARE, BLOCK_N)
+    if IN_PARTS:
+        first, last = share_of(split, first, last, splits, MIN_SHARE, BLOCK_N)
         if first >= last:
-            tl.store(lse_ptr + (token * heads + head) * SPLITS + split, tl.zeros((BLOCK_M,), tl.float32) - float("inf"),
+            tl.store(lse_ptr + (token * heads + head) * splits + split, tl.zeros((BLOCK_M,), tl.float32) - float("inf"),
                      mask=m_in)
             return
 
@@ -77,8 +77,8 @@ def latent_attention_kernel(
         top = higher
 
     out = acc * (v_scale / tl.where(total == 0.0, 1.0, total))[None, :]
-    at = (token * heads + head) * SPLITS + split
+    at = (token * heads + head) * splits + split
     tl.store(out_ptr + at[None, :] * C + c[:, None], out.to(out_ptr.dtype.element_ty),
              mask=m_in[None, :] & (c < C)[:, None])
-    if SPLITS > 1:
+    if IN_PARTS:
         tl.store(lse_ptr + at, top + tl.log2(total), mask=m_in)

@@ -51,9 +51,9 @@ def query_tile(query_start_ptr, seq_len_ptr, requests, ONE_QUERY: tl.constexpr, 
 
 
 @triton.jit
-def share_of(split, first, last, SPLITS: tl.constexpr, MIN_SHARE: tl.constexpr, BLOCK_N: tl.constexpr):
+def share_of(split, first, last, splits, MIN_SHARE: tl.constexpr, BLOCK_N: tl.constexpr):
     """The keys of a split: whole blocks, MIN_SHARE at least; an empty range where there is nothing left."""
-    share = tl.maximum(tl.cdiv(tl.cdiv(last - first, SPLITS), BLOCK_N) * BLOCK_N, MIN_SHARE)
+    share = tl.maximum(tl.cdiv(tl.cdiv(last - first, splits), BLOCK_N) * BLOCK_N, MIN_SHARE)
     first += split * share
     return first, tl.minimum(last, first + share)
 
@@ -105,14 +105,14 @@ def _block(
 
 
 @triton.jit
-def _merged(parts_ptr, lse_ptr, row, d, D_V: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr):
-    """Values d of a row: its parts [SPLITS, D_V] of a softmax by their sums; zeros where no part has any."""
+def _merged(parts_ptr, lse_ptr, row, splits, d, D_V: tl.constexpr, SPLITS_PAD: tl.constexpr):
+    """Values d of a row: its parts [splits, D_V] of a softmax by their sums; zeros where no part has any."""
     s = tl.arange(0, SPLITS_PAD)
-    lse = tl.load(lse_ptr + row * SPLITS + s, mask=s < SPLITS, other=float("-inf"), cache_modifier=".cg")
+    lse = tl.load(lse_ptr + row * splits + s, mask=s < splits, other=float("-inf"), cache_modifier=".cg")
     some = lse > float("-inf")
     top = tl.max(lse, 0)
     weight = tl.where(some, tl.exp2(lse - tl.where(top == float("-inf"), 0.0, top)), 0.0)
-    parts = tl.load(parts_ptr + (row * SPLITS + s)[:, None] * D_V + d[None, :], mask=some[:, None] & (d < D_V)[None, :],
+    parts = tl.load(parts_ptr + (row * splits + s)[:, None] * D_V + d[None, :], mask=some[:, None] & (d < D_V)[None, :],
                     other=0.0, cache_modifier=".cg")
     total = tl.sum(weight, 0)
     return tl.sum(parts * weight[:, None], 0) / tl.where(total == 0.0, 1.0, total)
@@ -126,22 +126,22 @@ def attention_kernel(
     qk_scale, v_scale,
     GROUP: tl.constexpr, D: tl.constexpr, D_TAIL: tl.constexpr, D_V: tl.constexpr,
     D_PAD: tl.constexpr, TAIL_PAD: tl.constexpr, V_PAD: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
-    ONE_QUERY: tl.constexpr, SPLITS: tl.constexpr, MIN_SHARE: tl.constexpr,
+    ONE_QUERY: tl.constexpr, IN_PARTS: tl.constexpr, MIN_SHARE: tl.constexpr,
     UPCAST: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Attention of BLOCK_Q queries of one request for the GROUP heads of one KV head, over one split of its keys.
 
-    Grid: (tiles of queries, KV heads, SPLITS), with requests tiles if ONE_QUERY (every request has one query) and
+    Grid: (tiles of queries, KV heads, splits), with requests tiles if ONE_QUERY (every request has one query) and
     tokens // BLOCK_Q + requests otherwise. The rows of the product are (query, head of the group) pairs. A request's
     queries are the last of its seq_len keys; key n is in slot table[n // PAGE] * PAGE + n % PAGE, or key_start + n
     with PAGE 0.
 
-    With SPLITS > 1 out is float32 [T, heads, SPLITS, D_V] and lse [T, heads, SPLITS] the base 2 logarithm of the sum
+    IN_PARTS out is float32 [T, heads, splits, D_V] and lse [T, heads, splits] the base 2 logarithm of the sum
     of each part, -inf for one with nothing to do, whose out is left as it was. Each split has an equal share of the
     keys that the tile sees, MIN_SHARE at least: what a device computes of seq_len, so that a grid fits every length.
     """
     start_early(EARLY)
-    kv_head, split = tl.program_id(1), tl.program_id(2)
+    kv_head, split, splits = tl.program_id(1), tl.program_id(2), tl.num_programs(2)
     request, begin, queries, first_query, length = query_tile(query_start_ptr, seq_len_ptr, requests, ONE_QUERY,
                                                               BLOCK_Q)
     if first_query >= queries:
@@ -157,10 +157,10 @@ def attention_kernel(
     first, last = 0, tl.minimum(length, before + BLOCK_Q)
     if WINDOW > 0:
         first = tl.maximum(0, before - WINDOW + 1) // BLOCK_N * BLOCK_N
-    if SPLITS > 1:
-        first, last = share_of(split, first, last, SPLITS, MIN_SHARE, BLOCK_N)
+    if IN_PARTS:
+        first, last = share_of(split, first, last, splits, MIN_SHARE, BLOCK_N)
         if first >= last:
-            tl.store(lse_ptr + (token * heads + head) * SPLITS + split, tl.zeros((BLOCK_M,), tl.float32) - float("inf"),
+            tl.store(lse_ptr + (token * heads + head) * splits + split, tl.zeros((BLOCK_M,), tl.float32) - float("inf"),
                      mask=row_in)
             return
 
@@ -202,21 +202,21 @@ def attention_kernel(
             True, BLOCK_N)
 
     out = acc * (v_scale / tl.where(total == 0.0, 1.0, total))[:, None]  # a padded row has seen nothing: zeros
-    row = (token * heads + head) * SPLITS + split
+    row = (token * heads + head) * splits + split
     tl.store(out_ptr + row[:, None] * D_V + d_v[None, :], out.to(out_ptr.dtype.element_ty),
              mask=row_in[:, None] & (d_v < D_V)[None, :])
-    if SPLITS > 1:
+    if IN_PARTS:
         tl.store(lse_ptr + row, top + tl.log2(total), mask=row_in)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def merge_kernel(
-    parts_ptr, lse_ptr, out_ptr,
-    D_V: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr, BLOCK_D: tl.constexpr, EARLY: tl.constexpr,
+    parts_ptr, lse_ptr, out_ptr, splits,
+    D_V: tl.constexpr, SPLITS_PAD: tl.constexpr, BLOCK_D: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """out [rows, D_V] = the parts [rows, SPLITS, D_V] of a softmax by their sums; zeros where no part has any."""
+    """out [rows, D_V] = the parts [rows, splits, D_V] of a softmax by their sums; zeros where no part has any."""
     start_early(EARLY)
     row = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    out = _merged(parts_ptr, lse_ptr, row, d, D_V, SPLITS, SPLITS_PAD)
+    out = _merged(parts_ptr, lse_ptr, row, splits, d, D_V, SPLITS_PAD)
     tl.store(out_ptr + row * D_V + d, out.to(out_ptr.dtype.element_ty), mask=d < D_V)

@@ -20,7 +20,7 @@ PARTS = {"out_ptr": "*fp32", "lse_ptr": "*fp32", "counter_ptr": "*i32"}
 
 
 def ptx(kernel, tile, constants, pointers):
-    constants = {"SPLITS": 1, "MIN_SHARE": MIN_SHARE, "EARLY": True,
+    constants = {"IN_PARTS": False, "MIN_SHARE": MIN_SHARE, "EARLY": True,
                  "UPCAST": False, "BLOCK_M": tile.m, "BLOCK_N": tile.n,
                  "BLOCK_Q": tile.m // constants["GROUP"], **constants}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
@@ -40,14 +40,14 @@ def paged(tile, group, width, tail=0, value=None, page=16, cache="*bf16", **more
     value = value or width
     constants = dict(GROUP=group, D=width, D_TAIL=tail, D_V=value, D_PAD=_padded(width), TAIL_PAD=_padded(tail),
                      V_PAD=_padded(value), PAGE=page, WINDOW=0, ONE_QUERY=tile is TILES[0], **more)
-    pointers = {"k_ptr": cache, "k_tail_ptr": cache, "v_ptr": cache, **(PARTS if "SPLITS" in more else {})}
+    pointers = {"k_ptr": cache, "k_tail_ptr": cache, "v_ptr": cache, **(PARTS if "IN_PARTS" in more else {})}
     return ptx(triton_paged.attention_kernel, tile, constants, pointers)
 
 
 def in_one_launch(group, width, cache="*bf16", **more):
     constants = dict(GROUP=group, KV_HEADS=8, D=width, D_PAD=_padded(width), PAGE=16, WINDOW=0, HAS_NORM=False,
                      FP8=cache != "*bf16", **more)
-    pointers = {"k_ptr": cache, "v_ptr": cache, **ONE_LAUNCH, **(PARTS if "SPLITS" in more else {})}
+    pointers = {"k_ptr": cache, "v_ptr": cache, **ONE_LAUNCH, **(PARTS if "IN_PARTS" in more else {})}
     return ptx(triton_decode.decode_kernel, TILES[0], constants, pointers)
 
 
@@ -58,13 +58,13 @@ def latent(tile, group, **more):
 
 def main() -> None:
     built = {
-        "decode": paged(TILES[0], 4, 128), "decode in splits": paged(TILES[0], 4, 64, SPLITS=8),
+        "decode": paged(TILES[0], 4, 128), "decode in splits": paged(TILES[0], 4, 64, IN_PARTS=True),
         "decode, fp8": paged(TILES[0], 4, 128, cache="*fp8e4nv"),
-        "one launch": in_one_launch(4, 128), "one launch in splits": in_one_launch(4, 128, SPLITS=33),
-        "one launch, fp8": in_one_launch(7, 128, "*fp8e4nv", SPLITS=33),
+        "one launch": in_one_launch(4, 128), "one launch in splits": in_one_launch(4, 128, IN_PARTS=True),
+        "one launch, fp8": in_one_launch(7, 128, "*fp8e4nv", IN_PARTS=True),
         "prompt": paged(TILES[2], 4, 128), "prompt of 64": paged(TILES[2], 4, 64),
         "expanded": paged(TILES[2], 1, 128, 64, 128, page=0),
-        "latent decode": latent(LATENT[0], 16, SPLITS=8), "latent chunk": latent(LATENT[1], 16, SPLITS=8),
+        "latent decode": latent(LATENT[0], 16, IN_PARTS=True), "latent chunk": latent(LATENT[1], 16, IN_PARTS=True),
     }
     for name, text in built.items():
         if text.count("cp.async.c") < 8 or ".local" in text or "griddepcontrol.wait" not in text:
