@@ -20,6 +20,7 @@ class UniProcExecutor(Executor):
         self.worker.load_model()
         assert self.worker.loaded is not None
         self.load_report, self.layers = self.worker.loaded.report, self.worker.loaded.layers
+        self.worker.compile_kernels()
         self.layout = plan_layout(config, self.worker.kv_cache_groups(), self.worker.available_kv_bytes())
         self.worker.initialize_cache(self.layout)
         self.worker.warm_up()

@@ -68,6 +68,13 @@ class DecodeGraphs:
         return next((graph for graph in self._graphs if graph.size >= rows), None)
 
     @torch.inference_mode()
+    def rehearse(self, most: int) -> None:
+        """Run what `capture` would record, for some sizes up to `most`: between two of them no kernel is another."""
+        for size in reversed(graph_sizes(most)):
+            if size in (most, 1 << size.bit_length() - 1):
+                self._step(self._inputs(size))
+
+    @torch.inference_mode()
     def capture(self, most: int) -> CaptureReport:
         """Capture every size up to `most` requests, the largest first: the others' memory then fits in its.
 
@@ -90,12 +97,17 @@ class DecodeGraphs:
                  max(report.sizes, default=0), report.seconds, report.num_bytes / 2**30)
         return report
 
-    def _capture(self, size: int, pool: Any, stream: torch.cuda.Stream) -> DecodeGraph:
+    def _inputs(self, size: int) -> StepInputs:
+        """Of nobody's requests: they write to the null block and attend to nothing."""
         inputs = self.buffers.lay_out(size, size)
         for mirror in inputs[:-1]:
-            mirror.host[:] = 0  # nobody's requests: they write to the null block and attend to nothing
+            mirror.host[:] = 0
         inputs.query_start.host[:] = np.arange(size + 1)
         self.buffers.push(inputs)
+        return inputs
+
+    def _capture(self, size: int, pool: Any, stream: torch.cuda.Stream) -> DecodeGraph:
+        inputs = self._inputs(size)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self._step(inputs)  # compiles kernels and makes workspaces

@@ -59,6 +59,11 @@ class GPUModelRunner:
         self.capture_report: CaptureReport | None = None
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
 
+    def rehearse_decoding(self) -> None:
+        """Run decode steps of nobody's requests, with a backend that could have them captured."""
+        if self.attention.capturable:
+            self.graphs.rehearse(self.batch.max_rows)
+
     def capture_graphs(self) -> None:
         """Capture decode steps, on a device and with a backend that can."""
         if self.device.type == "cuda" and self.attention.capturable:

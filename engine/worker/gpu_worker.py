@@ -9,6 +9,7 @@ from contextlib import ExitStack
 import psutil
 import torch
 
+from ...csrc.compile_ahead import compiled_ahead
 from ...models import AttentionLayer
 from ...moe import Experts
 from ...plugins.errors import OutOfMemoryError, UsageError
@@ -29,11 +30,12 @@ log = get_logger(__name__)
 
 # A dummy request samples once after its prompt and once more after a decode step.
 DUMMY_OUTPUTS = 2
-WARM_TOKENS = 16
+FEW_TOKENS, WARM_TOKENS = 2, 16
 
 
 class GPUWorker:
-    """A worker process's part: `load_model`, `available_kv_bytes`, `initialize_cache`, `warm_up`, `launch`."""
+    """A worker process's part: `load_model`, `compile_kernels`, `available_kv_bytes`, `initialize_cache`, `warm_up`,
+    `launch`."""
 
     def __init__(self, config: EngineConfig, host: PluginHost) -> None:
         host.check(config.plugins.fingerprint)
@@ -66,6 +68,29 @@ class GPUWorker:
         self.loaded = get_model(self.config, self.host, self.device)
         log.info("loaded %s in %.2f s (%s)", self.config.model.served_model_name, time.monotonic() - start,
                  self.config.model.architecture)
+
+    def compile_kernels(self) -> None:
+        """Have what `warm_up` and requests will launch compiled side by side, where kernels are compiled when met.
+
+        No step takes up what another one sampled: nothing may have. A kernel that cannot bear a run on zeros, a
+        plugin's perhaps, costs this head start and nothing else.
+        """
+        if self.device.type != "cuda":
+            return
+        start = time.monotonic()
+        length, count, layout = self._largest_step()
+        self._build_runner(layout)
+        assert self.runner is not None
+        try:
+            with compiled_ahead(self.device):
+                for tokens, prompts in [(length, count), *reversed(self._warm_steps(layout))]:
+                    self._run_dummy(tokens, prompts, decode=False)
+                self.runner.rehearse_decoding()
+        except Exception as error:
+            log.warning("kernels will be compiled one after another, since a run on zeros failed: %s: %s",
+                        type(error).__name__, error)
+        self.runner = None
+        log.info("kernels are compiled after %.2f s", time.monotonic() - start)
 
     def kv_cache_groups(self) -> list[KVCacheGroup]:
         """Layers by what they keep per token. One group: the pool's blocks are then interchangeable."""
@@ -111,17 +136,22 @@ class GPUWorker:
 
     def _profile_step(self) -> int:
         """Run the largest step on a throw-away cache, once with each extreme routing; the bytes of that cache."""
+        length, count, layout = self._largest_step()
+        self._build_runner(layout)
+        for _ in self._extreme_routings():
+            self._run_dummy(length, count)
+        self.runner = None
+        return layout.num_blocks * sum(group.spec.bytes_per_block(layout.block_size) * len(group.layers)
+                                       for group in layout.groups)
+
+    def _largest_step(self) -> tuple[int, int, KVCacheLayout]:
+        """Tokens of each of its prompts, how many there are, and a cache that holds them."""
         limits = self.config.scheduler
         length = max(1, min(limits.max_num_batched_tokens, self.config.model.max_model_len - DUMMY_OUTPUTS))
         block_size = self.config.cache.block_size
         count = max(1, min(limits.max_num_batched_tokens // length, limits.max_num_seqs))
         blocks = 1 + count * -(-(length + DUMMY_OUTPUTS) // block_size)
-        groups = self.kv_cache_groups()
-        self._build_runner(KVCacheLayout(num_blocks=blocks, block_size=block_size, groups=groups))
-        for _ in self._extreme_routings():
-            self._run_dummy(length, count)
-        self.runner = None
-        return blocks * sum(group.spec.bytes_per_block(block_size) * len(group.layers) for group in groups)
+        return length, count, KVCacheLayout(num_blocks=blocks, block_size=block_size, groups=self.kv_cache_groups())
 
     def _extreme_routings(self) -> Iterator[None]:
         """As many steps as it takes to have had every extreme of every layer of experts, each while the caller has it;
@@ -166,23 +196,37 @@ class GPUWorker:
         return self.device.type == "cuda" and not device.enforce_eager and not device.expert_stats
 
     def warm_up(self) -> None:
-        """Run a prompt and a decode step, so that the first request meets warm kernels.
-
-        On CUDA prompts of every power of two: kernels have tiles for different numbers of tokens, each compiled when
-        it is first met.
-        """
+        """Run prompts and a decode step, so that the first request meets warm kernels, and capture graphs."""
         assert self.layout is not None
-        limit = min(self.config.scheduler.max_num_batched_tokens, self.layout.max_tokens - DUMMY_OUTPUTS,
-                    self.config.model.max_model_len - DUMMY_OUTPUTS)
-        start, length = time.monotonic(), min(WARM_TOKENS, limit)
-        while 0 < length <= limit:
-            self._run_dummy(length, 1)
-            length = 2 * length if self.device.type == "cuda" else limit + 1
+        start = time.monotonic()
+        for number, (length, count) in enumerate(self._warm_steps(self.layout)):
+            self._run_dummy(length, count, decode=number == 0)
         log.info("warmed up in %.2f s", time.monotonic() - start)
         if self._captures:
             assert self.runner is not None
             self.runner.capture_graphs()
         self.expert_counts(reset=True)  # what ran until now was nobody's request
+
+    def _warm_steps(self, layout: KVCacheLayout) -> list[tuple[int, int]]:
+        """Steps of prompts to warm up by, smallest first: (tokens of each prompt, how many there are).
+
+        On CUDA prompts as short as what decoding steps are made of, and every power of two, since kernels have tiles
+        for different numbers of tokens; more than a model takes at once are several prompts.
+        """
+        limits, longest = self.config.scheduler, self.config.model.max_model_len - DUMMY_OUTPUTS
+        if self.device.type != "cuda":
+            sizes = [min(WARM_TOKENS, limits.max_num_batched_tokens, longest, layout.max_tokens - DUMMY_OUTPUTS)]
+        else:
+            sizes = [FEW_TOKENS, *(WARM_TOKENS << i for i in range(limits.max_num_batched_tokens.bit_length()))]
+        steps = []
+        for tokens in sizes:
+            count = -(-tokens // max(1, longest))
+            length = tokens // max(1, count)
+            blocks = count * -(-(length + DUMMY_OUTPUTS) // layout.block_size)
+            if (0 < length <= longest and count <= limits.max_num_seqs and blocks < layout.num_blocks
+                    and tokens <= limits.max_num_batched_tokens):
+                steps.append((length, count))
+        return steps
 
     def expert_counts(self, reset: bool) -> list[ExpertCounts]:
         """Read the counts of every layer of experts, in one copy from the device; `reset` to begin anew.
@@ -198,8 +242,8 @@ class GPUWorker:
                 tally.zero_()
         return [ExpertCounts(layer=name, counts=counts.tolist()) for name, counts in zip(tallies, read)]
 
-    def _run_dummy(self, length: int, count: int) -> None:
-        """`count` prompts of `length` tokens, then one decode step, through the real path."""
+    def _run_dummy(self, length: int, count: int, *, decode: bool = True) -> None:
+        """`count` prompts of `length` tokens, then one step to `decode`, through the real path."""
         assert self.runner is not None
         block_size = self.config.cache.block_size
         per_request = -(-(length + DUMMY_OUTPUTS) // block_size)
@@ -213,8 +257,9 @@ class GPUWorker:
         ids = [request.request_id for request in new]
         self.runner.execute_model(Plan(step=0, request_ids=ids, num_tokens=[length] * count,
                                        num_computed=[0] * count, new_requests=new))
-        self.runner.execute_model(Plan(step=0, request_ids=ids, num_tokens=[1] * count,
-                                       num_computed=[length] * count))
+        if decode:
+            self.runner.execute_model(Plan(step=0, request_ids=ids, num_tokens=[1] * count,
+                                           num_computed=[length] * count))
         self.runner.execute_model(Plan(step=0, request_ids=[], num_tokens=[], num_computed=[],
                                        finished_request_ids=ids))
 

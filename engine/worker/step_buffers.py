@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-ALIGNMENT = 8
+# Triton has another kernel for an address that is not a multiple of it.
+ALIGNMENT = 16
 
 
 class Mirror(NamedTuple):
@@ -39,7 +40,7 @@ class StepBuffers:
     """The memory behind every step's `StepInputs`: they lie side by side from its start, whatever their sizes."""
 
     def __init__(self, *, max_tokens: int, max_rows: int, device: torch.device) -> None:
-        size = 8 * (3 * max_tokens + max_rows) + 4 * (2 * max_rows + 1) + 2 * ALIGNMENT
+        size = 8 * (3 * max_tokens + max_rows) + 4 * (2 * max_rows + 1) + len(StepInputs._fields) * ALIGNMENT
         cuda = device.type == "cuda"
         self._pinned = torch.zeros(size, dtype=torch.uint8, pin_memory=cuda)
         self._host = self._pinned.numpy()
@@ -53,7 +54,7 @@ class StepBuffers:
             end = at + count * dtype.itemsize
             device = self._device[at:end].view(dtype)
             mirrors.append(Mirror(self._host[at:end].view(np.int64 if dtype is torch.int64 else np.int32), device))
-            at = end
+            at = -(-end // ALIGNMENT) * ALIGNMENT
         ids, positions, slots, last, query_start, seq_lens = mirrors
         return StepInputs(ids, positions, slots, last, query_start, seq_lens, at)
 

@@ -28,10 +28,9 @@ from nybble.csrc.w4a16_gemm import linear as w4a16
 from nybble.engine.worker.decode_graphs import graph_sizes
 from nybble.moe.fused import TILES, tile_for
 
-# As GPUWorker.warm_up and its graphs have them; then what requests bring, but for prompts and chunks of 2 to 4 tokens,
-# whose attention has a tile that waits for the first of them.
-PROMPTS, DECODES = [16 << i for i in range(9)], graph_sizes(256)
-ODD = [5, 7, 9, 13, 17, 23, 33, 50, 65, 100, 129, 200, 257, 300, 777, 1000, 1001, 2047, 3333, 4095]
+# As GPUWorker.compile_kernels has them; then what requests bring.
+PROMPTS, DECODES = [2, *(16 << i for i in range(9))], [1 << i for i in range(9)]
+ODD = [2, 3, 4, 5, 7, 9, 13, 17, 23, 33, 50, 65, 100, 129, 200, 257, 300, 777, 1000, 1001, 2047, 3333, 4095]
 TOKEN = Activation(dtype="fp8_e4m3", scale="token")
 SHAPES = ((1536, 1024), (1024, 1024), (1024, 3584))
 HEADS, KV_HEADS, WIDTH, PAGE, EXPERTS, TOP_K = 32, 8, 128, 16, 8, 2
@@ -84,9 +83,9 @@ class Steps:
             linear(torch.zeros(tokens, linear.columns, dtype=BF16))
         batch = Ragged(query_start=torch.zeros(count + 1, dtype=torch.int32), max_query_len=max(lens),
                        seq_lens=torch.zeros(count, dtype=torch.int32), block_table=torch.zeros(count, 64).int())
-        attend_paged(torch.zeros(tokens, HEADS, WIDTH, dtype=BF16), self.cache, batch, scale=1.0, splits=1)
+        attend_paged(torch.zeros(tokens, HEADS, WIDTH, dtype=BF16), self.cache, batch, scale=1.0)
         attend_latent(torch.zeros(tokens, HEADS, 512, dtype=BF16), torch.zeros(tokens, HEADS, 64, dtype=BF16),
-                      self.latents, batch, scale=1.0, splits=1)
+                      self.latents, batch, scale=1.0)
         x = torch.zeros(tokens, 1024, dtype=BF16)
         choose_experts(x, torch.zeros(EXPERTS, 1024, dtype=BF16), Routing(top_k=TOP_K))
         chosen = torch.zeros(tokens, TOP_K, dtype=torch.int64)
@@ -115,7 +114,8 @@ def main() -> None:
     for lens in [*([prompt] for prompt in PROMPTS), *([1] * rows for rows in DECODES)]:
         steps.run(lens)
     seen = late
-    for lens in [*([tokens] for tokens in ODD), *([tokens] * 3 for tokens in ODD), [1, 300], [1] * 15 + [1000]]:
+    for lens in [*([tokens] for tokens in ODD), *([tokens] * 3 for tokens in ODD), [1, 300], [1] * 15 + [1000],
+                 *([1] * rows for rows in graph_sizes(256))]:
         steps.run(lens)
     for name in sorted(late):
         if more := late[name] - warm[name]:

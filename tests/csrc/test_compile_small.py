@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("program", ["compile_small_sm90.py", "compile_many_sm90.py", "count_variants.py"])
+@pytest.mark.parametrize("program", ["ahead.py", "compile_small_sm90.py", "compile_many_sm90.py",
+                                     "count_variants.py"])
 def test_programs_that_print_what_is_wrong(tmp_path, program):
     """In a process of its own: this one interprets."""
     env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
