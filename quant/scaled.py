@@ -80,16 +80,14 @@ class ScaledMethod(CodedMethod):
     def after_load(self, weights: Weights, shape: LayerShape) -> Weights:
         scale = _values(weights[self.scale.name], self.scale, shape)
         _check_codes(weights["weight"], shape)
-        device = scale.device
-        loaded = {"weight": weights["weight"]}
-        sizes = torch.tensor([part.size for part in shape.parts], device=device)
+        loaded, sizes = {"weight": weights["weight"]}, [part.size for part in shape.parts]
         if self.per == "tensor":
-            scale = scale.reshape(-1).repeat_interleave(sizes)
+            scale = torch.cat([value.expand(size) for value, size in zip(scale.reshape(-1), sizes, strict=True)])
         if self.block is None:
             loaded["weight_scale"] = scale.reshape(-1, 1)
         else:
             loaded["weight_scale"] = scale
-            loaded["scale_rows"] = _block_rows([p.size for p in shape.parts], self.block[0]).to(device)
+            loaded["scale_rows"] = _block_rows(sizes, self.block[0]).to(scale.device)
         if self.input_scale is not None:
             loaded["input_scale"] = _values(weights[self.input_scale.name], self.input_scale, shape).reshape(())
         return loaded
@@ -134,7 +132,8 @@ def _check_codes(codes: Tensor, shape: LayerShape) -> None:
     """Refuse a matrix with a NaN among its FP8 codes: not every kernel would show it."""
     if codes.dtype != torch.float8_e4m3fn or codes.numel() == 0:
         return
-    if int(codes.view(torch.int8).max()) == 0x7F or int(codes.view(torch.uint8).max()) == 0xFF:
+    # one answer: a model has thousands of these, and each waits for the device
+    if bool((codes.view(torch.int8).max() == 0x7F) | (codes.view(torch.uint8).max() == 0xFF)):
         raise CheckpointError(f"{'+'.join(part.name for part in shape.parts)}: weight holds NaN",
                               found=f"{int(codes.isnan().sum())} of {codes.numel()} values",
                               fix="the file is damaged, or its writer failed: fetch or quantize the model again")
