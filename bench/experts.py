@@ -1,9 +1,9 @@
-"""The MoE family of `nybble bench kernels`: every registered backend on the experts of real models."""
+"""The MoE family of `nybble bench kernels`: every registered backend, and torch, on the experts of real models."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -20,11 +20,14 @@ from ..quant import LayerShape, Linear, Part, SplitLinear, Unquantized
 from ..quant.base import CodedMethod, Weights, WeightSpec
 from .measured import EAGER, Collector, Measured
 from .moe import FORMATS, SHAPES, TOLERANCE, TURNS, check, random_turn, random_weight
+from .torch_experts import torch_can, torch_experts
 
 MODELS = ("deepseek-v2-lite", "mixtral-8x7b", "qwen3-30b-a3b")
 TIMED_FORMATS = ("fp8", "int4", "bf16")
 # From this many tokens on weights come from memory whatever the turn, and turns would take memory themselves.
 MANY_TOKENS = 256
+TORCH = "torch-grouped"
+Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
 # Of what the fused kernels are allowed: others round gate and up, or their weights, to 16 bits on the way.
 ROUNDED = 2.0
 
@@ -61,6 +64,12 @@ def run_experts(backends: Mapping[str, type[MoEBackend]], small: bool, tokens: S
                     collector.fail(f"{model}/{label}/{name}", error)
                 if collector.device.type == "cuda":
                     torch.cuda.empty_cache()
+            if collector.done():
+                return
+            try:
+                run_torch(f"{model}/{label}", FORMATS[label], SHAPES[model], tokens, collector)
+            except (RuntimeError, AssertionError) as error:
+                collector.fail(f"{model}/{label}/{TORCH}", error)
 
 
 def run_backend(case: str, name: str, backend: type[MoEBackend], scheme: Scheme | None,
@@ -81,6 +90,34 @@ def run_backend(case: str, name: str, backend: type[MoEBackend], scheme: Scheme 
     each = sum(linear.nbytes if linear.method.plain else _stored(linear) for linear in experts[0].linears())
     made = backend(experts, problem)
     del experts
+    time_layer(case, name, made, each, scheme, shape, tokens, collector)
+
+
+def run_torch(case: str, scheme: Scheme | None, shape: tuple[int, int, int, int], tokens: Sequence[int],
+              collector: Collector) -> None:
+    """The same for torch's grouped products, in formats that it has."""
+    hidden, intermediate, count, _ = shape
+    if not torch_can(scheme) or (scheme is not None and collector.device.type != "cuda"):
+        collector.skip(f"{case}/{TORCH}", "multiplies 16 bits, and on CUDA FP8 with a scale for each output")
+        return
+    tensors: dict[str, Tensor] = {}
+    for place, (name, rows, columns) in enumerate((("gate", intermediate, hidden), ("up", intermediate, hidden),
+                                                   ("down", hidden, intermediate))):
+        weights = [random_weight(scheme, rows, columns, collector.device, 3 * i + place) for i in range(count)]
+        codes = [weight if isinstance(weight, Tensor) else weight.codes(0, rows) for weight in weights]
+        tensors[f"{name}.codes"] = torch.stack([code.view(torch.uint8) for code in codes]).view(codes[0].dtype)
+        scales = [weight.scales for weight in weights if not isinstance(weight, Tensor)]
+        if scales:
+            tensors[f"{name}.scales"] = torch.stack(scales)
+    each = sum(tensor.nbytes for tensor in tensors.values()) // count
+    time_layer(case, TORCH, torch_experts(tensors, scheme), each, scheme, shape, tokens, collector)
+
+
+def time_layer(case: str, name: str, made: Layer, each: int, scheme: Scheme | None, shape: tuple[int, int, int, int],
+               tokens: Sequence[int], collector: Collector) -> None:
+    """Check a layer, then time it; `each`: bytes of an expert."""
+    hidden, intermediate, _, top_k = shape
+    device = collector.device
     kind = scheme.activation.dtype if scheme is not None and scheme.activation else "float"
     for batch in tokens:
         turns = [random_turn(batch, shape, device, seed) for seed in range(TURNS if batch <= MANY_TOKENS else 2)]

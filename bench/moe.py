@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..csrc.matrix import QuantizedMatrix
 from ..csrc.moe_gemm import CodedStack, PackedStack, Stack
-from ..csrc.quantize import dequantize, quantize, triton_quantize
+from ..csrc.quantize import dequantize, quantize
 from ..csrc.scheme import Scheme
 from ..engine.args import setting
 from ..moe import Backends, Expert, Experts, MoEProblem
@@ -24,8 +24,9 @@ from ..plugins.errors import UsageError
 from ..quant import LayerShape, Linear, Part, Unquantized
 from .command import make_parser, pick, publish, read_settings
 from .floors import Floors, measure_floors, time_calls
-from .kernels import SCHEMES, TOKEN, random_matrix
+from .kernels import SCHEMES, random_matrix
 from .results import Metric, make_result
+from .torch_experts import torch_can, torch_experts
 
 # hidden, intermediate, experts, top_k
 SHAPES = {
@@ -96,7 +97,7 @@ def run_format(model: str, label: str, scheme: Scheme | None, shape: tuple[int, 
     device = torch.device("cuda")
     backend = random_backend(scheme, shape, device)
     each = sum(tensor.nbytes for tensor in backend.tensors.values()) / count
-    peer = torch_experts(backend, scheme)
+    peer = torch_experts(backend.tensors, scheme) if torch_can(scheme) else None
     kind = scheme.activation.dtype if scheme is not None and scheme.activation else "float"
     metrics: dict[str, Metric] = {}
     for tokens in map(int, args.tokens.split(",")):
@@ -229,39 +230,3 @@ def rounded(x: Tensor, scheme: Scheme | None) -> Tensor:
     if scheme is None or scheme.activation is None:
         return x.float()
     return dequantize(*quantize(x, scheme.activation), scheme.activation)
-
-
-def torch_experts(backend: FusedBackend, scheme: Scheme | None) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
-    """The same layer of torch's grouped products, sorting included; None where torch has none for the format."""
-    if scheme is not None and (scheme.code != "fp8_e4m3" or scheme.group is not None):
-        return None
-    gate, up, down = (backend.tensors[f"{name}.codes"] for name in ("gate", "up", "down"))
-    gate_up, count = torch.cat([gate.view(torch.uint8), up.view(torch.uint8)], dim=1).view(gate.dtype), len(gate)
-    scales = {name: backend.tensors.get(f"{name}.scales") for name in ("gate", "up", "down")}
-    both = None
-    if scheme is not None:
-        assert scales["gate"] is not None and scales["up"] is not None
-        both = torch.cat([scales["gate"], scales["up"]], dim=1).squeeze(-1)
-
-    def product(x: Tensor, w: Tensor, scale: Tensor | None, offsets: Tensor) -> Tensor:
-        if scale is None:
-            return torch.nn.functional.grouped_mm(x, w.transpose(1, 2), offs=offsets)
-        codes, x_scale = triton_quantize(x, TOKEN)
-        return torch._scaled_grouped_mm(codes, w.transpose(1, 2), x_scale.squeeze(-1), scale, offs=offsets,
-                                        out_dtype=torch.bfloat16)
-
-    def run(x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
-        slots = ids.flatten()
-        order = slots.argsort(stable=True)
-        sizes = torch.zeros(count, dtype=torch.int32, device=x.device).scatter_add_(
-            0, slots, torch.ones_like(slots, dtype=torch.int32))
-        offsets = sizes.cumsum(0, dtype=torch.int32)
-        both_out = product(x[order // ids.shape[1]], gate_up, both, offsets)
-        half = both_out.shape[1] // 2
-        hidden = torch.nn.functional.silu(both_out[:, :half]) * both_out[:, half:]
-        down_scale = scales["down"]
-        y = product(hidden, down, None if down_scale is None else down_scale.squeeze(-1), offsets)
-        back = torch.empty_like(y).index_copy_(0, order, y)
-        return (back.unflatten(0, ids.shape).float() * weights.unsqueeze(-1)).sum(1)
-
-    return run

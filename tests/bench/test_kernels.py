@@ -44,11 +44,12 @@ def test_every_family(tmp_path, capsys):
     found, content = read_json(out), json.loads(out.read_text())
     attention = {f"{case}/torch" for case in ("decode/4x40", "prompt/2x24", "mla-decode/4x40", "mla-prompt/2x24",
                                               "decode/4x40/fp8")}
-    moe = {f"small/{form}/reference" for form in ("fp8", "int4", "bf16")}
+    moe = {*(f"small/{form}/reference" for form in ("fp8", "int4", "bf16")), "small/bf16/torch-grouped"}
     linear = {"square/w4/cpu_int4", "square/w4/tiles", "square/fp8-channel/tiles", "square/w4/torch-plain"}
     assert attention | moe | linear <= rows(found)
     assert found.metrics["square/w4/tiles/5"].n == 2 and content["floors"]["bandwidth"] and not content["wrong"]
     assert content["absent"]["small/int4/cutlass"].startswith("multiplies FP8")
+    assert {"small/int4/torch-grouped", "small/fp8/torch-grouped"} <= content["absent"].keys()
     assert "experts hit" in capsys.readouterr().out
     text = html.read_text()
     for drawing in re.findall(r"<svg.*?</svg>", text, re.S):
