@@ -37,12 +37,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def log_left_alone():
-    """Entry points configure the package's logger; the next test finds it as it was."""
+    """Entry points configure the package's logger, those in fixtures that outlive a test too; every test finds it as
+    an import leaves it."""
     logger = logging.getLogger("nybble")
-    before = logger.handlers[:], logger.level, logger.propagate
-    yield
-    logger.handlers[:], logger.propagate = before[0], before[2]
-    logger.setLevel(before[1])
+    logger.handlers.clear()
+    logger.propagate = True
+    logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")
