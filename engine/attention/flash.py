@@ -19,10 +19,13 @@ from ...csrc.attention import HeadNorms, rope_and_cache
 from ...csrc.launch import multiprocessors
 from ...models import Attention, AttentionLayer
 from ...plugins import env
+from ...plugins.log import get_logger
 from ..plan import KVCacheLayout
 from .base import AttentionProblem, StepShape
 from .select import attention_problems
 from .triton_paged import TritonAttentionBackend, TritonAttentionRun
+
+log = get_logger(__name__)
 
 # (a layer, its queries [T, heads, D], its cache [2, num_blocks, block_size, kv_heads, D]) -> [T, heads, D]
 Attend = Callable[[Attention, Tensor, Tensor], Tensor]
@@ -207,6 +210,8 @@ class FlashInfer(FlashLibrary):
 
     def _plan(self, geometry: Geometry, pages: tuple[Tensor, ...]) -> Any:
         if geometry not in self.wrappers:
+            log.info("FlashInfer attends to prompts, heads of %d: a kernel that it has not compiled here yet takes a "
+                     "minute or two", geometry.head_dim)
             self.wrappers[geometry] = import_module(self.module).BatchPrefillWithPagedKVCacheWrapper(
                 self.workspace, "NHD", backend=self.kernels)
         wrapper = self.wrappers[geometry]
