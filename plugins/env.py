@@ -31,6 +31,7 @@ VARIABLES: tuple[EnvVar, ...] = (
     EnvVar(name="NYBBLE_CACHE_DIR", help="where generated files are kept (default: the user cache folder)"),
     EnvVar(name="NYBBLE_KERNELS_DIR", help="a folder of kernel libraries from `nybble kernels build --out`"),
     EnvVar(name="NYBBLE_JIT", help="0 forbids compiling kernels when they are first needed"),
+    EnvVar(name="NYBBLE_COMPILE_AHEAD", help="0 compiles Triton's kernels one after another, when they are first met"),
     EnvVar(name="NYBBLE_NVCC", help="the CUDA compiler (default: CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda)"),
     EnvVar(name="NYBBLE_TEST_FORCE_PREEMPT", help="probability in [0, 1] of preempting at a step; for tests"),
     EnvVar(name="NYBBLE_STRICT_KV", help="1 checks every KV-cache invariant after each step; for tests"),

@@ -18,6 +18,7 @@ from ..attention.base import AttentionBackend, StepShape
 from ..sample import Sampler, SamplingMetadata
 from .input_batch import BlockTable
 from .step_buffers import StepBuffers, StepInputs
+from .warm_steps import rehearsal_sizes
 
 log = get_logger(__name__)
 
@@ -69,10 +70,9 @@ class DecodeGraphs:
 
     @torch.inference_mode()
     def rehearse(self, most: int) -> None:
-        """Run what `capture` would record, for some sizes up to `most`: between two of them no kernel is another."""
-        for size in reversed(graph_sizes(most)):
-            if size in (most, 1 << size.bit_length() - 1):
-                self._step(self._inputs(size))
+        """Run what `capture` would record, for all kernels that up to `most` requests need."""
+        for size in reversed(rehearsal_sizes(most)):
+            self._step(self._inputs(size))
 
     @torch.inference_mode()
     def capture(self, most: int) -> CaptureReport:

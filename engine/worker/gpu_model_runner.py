@@ -60,7 +60,7 @@ class GPUModelRunner:
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
 
     def rehearse_decoding(self) -> None:
-        """Run decode steps of nobody's requests, with a backend that could have them captured."""
+        """Run decode steps of nobody's requests, with a backend that reads no lengths on the host."""
         if self.attention.capturable:
             self.graphs.rehearse(self.batch.max_rows)
 

@@ -12,6 +12,7 @@ import torch
 from ...csrc.compile_ahead import compiled_ahead
 from ...models import AttentionLayer
 from ...moe import Experts
+from ...plugins import env
 from ...plugins.errors import OutOfMemoryError, UsageError
 from ...plugins.log import get_logger
 from ...plugins.manager import PluginHost
@@ -25,12 +26,13 @@ from ..sample import SamplingState
 from .decode_graphs import graph_sizes
 from .device_memory import CudaMemory, DeviceMemory
 from .gpu_model_runner import GPUModelRunner
+from .warm_steps import WarmStep, warm_steps
 
 log = get_logger(__name__)
 
 # A dummy request samples once after its prompt and once more after a decode step.
 DUMMY_OUTPUTS = 2
-FEW_TOKENS, WARM_TOKENS = 2, 16
+WARM_TOKENS = 16
 
 
 class GPUWorker:
@@ -72,25 +74,27 @@ class GPUWorker:
     def compile_kernels(self) -> None:
         """Have what `warm_up` and requests will launch compiled side by side, where kernels are compiled when met.
 
-        No step takes up what another one sampled: nothing may have. A kernel that cannot bear a run on zeros, a
-        plugin's perhaps, costs this head start and nothing else.
+        No step takes up what another one sampled: nothing may have. What a kernel raises that cannot bear a run on
+        zeros, a plugin's perhaps, costs this head start and nothing else; one that breaks the device's context breaks
+        the start, and NYBBLE_COMPILE_AHEAD=0 does without this.
         """
-        if self.device.type != "cuda":
+        if self.device.type != "cuda" or not env.read_flag("NYBBLE_COMPILE_AHEAD", default=True):
             return
         start = time.monotonic()
         length, count, layout = self._largest_step()
-        self._build_runner(layout)
-        assert self.runner is not None
         try:
+            self._build_runner(layout)
+            assert self.runner is not None
             with compiled_ahead(self.device):
-                for tokens, prompts in [(length, count), *reversed(self._warm_steps(layout))]:
-                    self._run_dummy(tokens, prompts, decode=False)
+                for step in [WarmStep(length, count), *reversed(self._warm_steps(layout))]:
+                    self._run_dummy(step.tokens, step.prompts, chunk=step.chunk, decode=False)
                 self.runner.rehearse_decoding()
         except Exception as error:
             log.warning("kernels will be compiled one after another, since a run on zeros failed: %s: %s",
                         type(error).__name__, error)
+        else:
+            log.info("kernels are compiled after %.2f s", time.monotonic() - start)
         self.runner = None
-        log.info("kernels are compiled after %.2f s", time.monotonic() - start)
 
     def kv_cache_groups(self) -> list[KVCacheGroup]:
         """Layers by what they keep per token. One group: the pool's blocks are then interchangeable."""
@@ -199,34 +203,22 @@ class GPUWorker:
         """Run prompts and a decode step, so that the first request meets warm kernels, and capture graphs."""
         assert self.layout is not None
         start = time.monotonic()
-        for number, (length, count) in enumerate(self._warm_steps(self.layout)):
-            self._run_dummy(length, count, decode=number == 0)
+        for number, step in enumerate(self._warm_steps(self.layout)):
+            self._run_dummy(step.tokens, step.prompts, chunk=step.chunk, decode=number == 0)
         log.info("warmed up in %.2f s", time.monotonic() - start)
         if self._captures:
             assert self.runner is not None
             self.runner.capture_graphs()
         self.expert_counts(reset=True)  # what ran until now was nobody's request
 
-    def _warm_steps(self, layout: KVCacheLayout) -> list[tuple[int, int]]:
-        """Steps of prompts to warm up by, smallest first: (tokens of each prompt, how many there are).
-
-        On CUDA prompts as short as what decoding steps are made of, and every power of two, since kernels have tiles
-        for different numbers of tokens; more than a model takes at once are several prompts.
-        """
-        limits, longest = self.config.scheduler, self.config.model.max_model_len - DUMMY_OUTPUTS
-        if self.device.type != "cuda":
-            sizes = [min(WARM_TOKENS, limits.max_num_batched_tokens, longest, layout.max_tokens - DUMMY_OUTPUTS)]
-        else:
-            sizes = [FEW_TOKENS, *(WARM_TOKENS << i for i in range(limits.max_num_batched_tokens.bit_length()))]
-        steps = []
-        for tokens in sizes:
-            count = -(-tokens // max(1, longest))
-            length = tokens // max(1, count)
-            blocks = count * -(-(length + DUMMY_OUTPUTS) // layout.block_size)
-            if (0 < length <= longest and count <= limits.max_num_seqs and blocks < layout.num_blocks
-                    and tokens <= limits.max_num_batched_tokens):
-                steps.append((length, count))
-        return steps
+    def _warm_steps(self, layout: KVCacheLayout) -> list[WarmStep]:
+        """What to warm up by, smallest first; one step where nothing is compiled when it is met."""
+        limits, met = self.config.scheduler, self.device.type == "cuda"
+        most = limits.max_num_batched_tokens
+        steps = warm_steps(max_tokens=most if met else min(WARM_TOKENS, most), max_seqs=limits.max_num_seqs,
+                           longest=self.config.model.max_model_len - DUMMY_OUTPUTS, block_size=layout.block_size,
+                           num_blocks=layout.num_blocks, spare=DUMMY_OUTPUTS)
+        return steps if met else [step for step in steps if step.prompts == 1 and not step.chunk][-1:]
 
     def expert_counts(self, reset: bool) -> list[ExpertCounts]:
         """Read the counts of every layer of experts, in one copy from the device; `reset` to begin anew.
@@ -242,8 +234,8 @@ class GPUWorker:
                 tally.zero_()
         return [ExpertCounts(layer=name, counts=counts.tolist()) for name, counts in zip(tallies, read)]
 
-    def _run_dummy(self, length: int, count: int, *, decode: bool = True) -> None:
-        """`count` prompts of `length` tokens, then one step to `decode`, through the real path."""
+    def _run_dummy(self, length: int, count: int, *, chunk: int = 0, decode: bool = True) -> None:
+        """`count` prompts of `length` tokens, the last `chunk` apart, then one step to `decode`, by the real path."""
         assert self.runner is not None
         block_size = self.config.cache.block_size
         per_request = -(-(length + DUMMY_OUTPUTS) // block_size)
@@ -255,11 +247,11 @@ class GPUWorker:
             for i in range(count)
         ]
         ids = [request.request_id for request in new]
-        self.runner.execute_model(Plan(step=0, request_ids=ids, num_tokens=[length] * count,
+        self.runner.execute_model(Plan(step=0, request_ids=ids, num_tokens=[length - chunk] * count,
                                        num_computed=[0] * count, new_requests=new))
-        if decode:
-            self.runner.execute_model(Plan(step=0, request_ids=ids, num_tokens=[1] * count,
-                                           num_computed=[length] * count))
+        for tokens, computed in [(chunk, length - chunk)] * (chunk > 0) + [(1, length)] * decode:
+            self.runner.execute_model(Plan(step=0, request_ids=ids, num_tokens=[tokens] * count,
+                                           num_computed=[computed] * count))
         self.runner.execute_model(Plan(step=0, request_ids=[], num_tokens=[], num_computed=[],
                                        finished_request_ids=ids))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 
 import torch
 import triton
@@ -25,6 +26,21 @@ def add_one(x_ptr, y_ptr, n, BLOCK: tl.constexpr, HALF: tl.constexpr):
     at = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + at, mask=at < n)
     tl.store(y_ptr + at, (x + 0.5 if HALF else x + 1).to(y_ptr.dtype.element_ty), mask=at < n)
+
+
+@triton.jit
+def by_name(x_ptr, KIND: tl.constexpr):
+    tl.store(x_ptr, 1.0 if KIND == "int8" else 2.0)
+
+
+tried: list[int] = []
+
+
+@triton.autotune([triton.Config({"BLOCK": size}, pre_hook=lambda _: tried.append(0)) for size in (8, 16)], key=["n"])
+@triton.jit
+def tuned(x_ptr, n, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(x_ptr + at, tl.load(x_ptr + at, mask=at < n), mask=at < n)
 
 
 @triton.jit
@@ -77,13 +93,18 @@ def main() -> None:
             for kernel, *args in variants:
                 kernel[(1,)](*args)
         nonsense[(1,)](x, 8)
-        for made in (torch.empty(1000), torch.empty_like(x), x.new_empty(5), torch.empty_strided((2, 2), (2, 1))):
+        by_name[(1,)](x, "int8")
+        tuned[(1,)](x, 7)
+        for made in (torch.empty(1000), torch.empty_like(x), x.new_empty(5), x.new(3),
+                     torch.empty_strided((2, 2), (2, 1)), torch.empty_permuted((2, 3), (1, 0))):
             expect("unwritten memory", bool(made.any()), False)
     expect("left to compile", asked(*variants), 0)
     expect("what does not compile", asked((nonsense, x, 8)), 1)
+    expect("what preload would take for another", asked((by_name, x, "int8")), 1)
+    expect("configurations tried, and chosen", (tried, tuned.cache), ([], {}))
     expect("launches", x.tolist(), [1.0] * 7)
     expect("reports", [text.split(":")[0] for text in said],
-           ["a kernel could not be compiled ahead", "4 Triton kernels compiled, or found compiled"])
+           ["a kernel could not be compiled ahead", "3 Triton kernels compiled, or found compiled"])
     expect("hook", knobs.runtime.jit_cache_hook, None)
 
     # somebody else's launches meanwhile are their own affair, and what they had asked to be told they are told
@@ -93,6 +114,23 @@ def main() -> None:
         thread.start()
         thread.join()
     expect("told to the other", others, [True])
+    expect("hook", knobs.runtime.jit_cache_hook, other_hook)
+
+    # two that start at once take turns, each with what the other left
+    order: list[str] = []
+
+    def rehearse(name: str) -> None:
+        with compiled_ahead(CUDA):
+            order.append(name)
+            time.sleep(0.2)
+            order.append(name)
+
+    threads = [threading.Thread(target=rehearse, args=(name,)) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    expect("turns", order in (list("aabb"), list("bbaa")), True)
     expect("hook", knobs.runtime.jit_cache_hook, other_hook)
 
     class Stop(Exception):

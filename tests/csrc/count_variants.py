@@ -6,6 +6,7 @@ Run as a program of its own: a process that interprets kernels has no variants o
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -23,17 +24,24 @@ from nybble.csrc.sampling import take_pending
 from nybble.csrc.scaled_gemm import TritonScaledKernel
 from nybble.csrc.scaled_gemm import linear as scaled
 from nybble.csrc.scheme import Activation, Scheme
-from nybble.csrc.w4a16_gemm import TritonW4A16Kernel
+from nybble.csrc.w4a16_gemm import MANY_TOKENS, TritonW4A16Kernel
 from nybble.csrc.w4a16_gemm import linear as w4a16
-from nybble.engine.worker.decode_graphs import graph_sizes
+from nybble.engine.worker.warm_steps import rehearsal_sizes, warm_steps
 from nybble.moe.fused import TILES, tile_for
 
 # As GPUWorker.compile_kernels has them; then what requests bring.
-PROMPTS, DECODES = [2, *(16 << i for i in range(9))], [1 << i for i in range(9)]
-ODD = [2, 3, 4, 5, 7, 9, 13, 17, 23, 33, 50, 65, 100, 129, 200, 257, 300, 777, 1000, 1001, 2047, 3333, 4095]
+SEQS = (256, 64)
+ODD = [2, 3, 4, 5, 7, 9, 12, 13, 17, 23, 33, 50, 65, 100, 129, 150, 200, 257, 300, 777, 1000, 1001, 2047, 3333, 4095]
+LATE = [*([tokens] for tokens in ODD), *([tokens] * 3 for tokens in ODD), *([tokens] * 40 for tokens in ODD[:8]),
+        [1, 300], [1] * 15 + [1000], [1] * 60 + [12], [1] * 200 + [5, 9], *([1] * rows for rows in range(1, 257))]
 TOKEN = Activation(dtype="fp8_e4m3", scale="token")
-SHAPES = ((1536, 1024), (1024, 1024), (1024, 3584))
-HEADS, KV_HEADS, WIDTH, PAGE, EXPERTS, TOP_K = 32, 8, 128, 16, 8, 2
+WIDE = 57344
+SHAPES = ((1536, 1024), (1024, 1024), (1024, 3584), (WIDE, 1024))
+HEADS, GROUPS, LATENT_HEADS, WIDTH, PAGE, EXPERTS, TOP_K = 32, (4, 8), 16, 128, 16, 8, 2
+# The most queries of a request that are taken to the latents: beyond, keys are made of those.
+ABSORBED = 170
+# Blocks of a request, by which keys are split: of 8192 tokens.
+BLOCKS = 512
 BF16 = torch.bfloat16
 
 
@@ -73,19 +81,23 @@ class Steps:
         for stack in (self.gate, self.up):
             for number in range(EXPERTS):
                 stack.put_plain(number, torch.zeros(512, 1024, dtype=BF16))
-        self.cache = torch.zeros(2, 4, PAGE, KV_HEADS, WIDTH, dtype=BF16)
+        self.caches = [torch.zeros(2, 4, PAGE, HEADS // group, WIDTH, dtype=BF16) for group in GROUPS]
         self.latents = torch.zeros(1, 4, PAGE, 1, 512 + 64, dtype=BF16)
 
-    def run(self, lens: list[int]) -> None:
-        """Requests with `lens` tokens each."""
+    def run(self, lens: list[int], *, latent: bool) -> None:
+        """Requests with `lens` tokens each; latents attend to themselves, as they do where most keys are cached."""
         tokens, count = sum(lens), len(lens)
         for linear in self.linears:
+            if linear.rows == WIDE and tokens >= MANY_TOKENS:
+                continue  # torch multiplies those, here too
             linear(torch.zeros(tokens, linear.columns, dtype=BF16))
         batch = Ragged(query_start=torch.zeros(count + 1, dtype=torch.int32), max_query_len=max(lens),
-                       seq_lens=torch.zeros(count, dtype=torch.int32), block_table=torch.zeros(count, 64).int())
-        attend_paged(torch.zeros(tokens, HEADS, WIDTH, dtype=BF16), self.cache, batch, scale=1.0)
-        attend_latent(torch.zeros(tokens, HEADS, 512, dtype=BF16), torch.zeros(tokens, HEADS, 64, dtype=BF16),
-                      self.latents, batch, scale=1.0)
+                       seq_lens=torch.zeros(count, dtype=torch.int32), block_table=torch.zeros(count, BLOCKS).int())
+        for cache in self.caches:
+            attend_paged(torch.zeros(tokens, HEADS, WIDTH, dtype=BF16), cache, batch, scale=1.0)
+        if latent:
+            attend_latent(torch.zeros(tokens, LATENT_HEADS, 512, dtype=BF16),
+                          torch.zeros(tokens, LATENT_HEADS, 64, dtype=BF16), self.latents, batch, scale=1.0)
         x = torch.zeros(tokens, 1024, dtype=BF16)
         choose_experts(x, torch.zeros(EXPERTS, 1024, dtype=BF16), Routing(top_k=TOP_K))
         chosen = torch.zeros(tokens, TOP_K, dtype=torch.int64)
@@ -96,11 +108,9 @@ class Steps:
         take_pending(torch.zeros(tokens, dtype=torch.int64), torch.zeros(8, dtype=torch.int64))
 
 
-def main() -> None:
-    driver.set_active(Hopper())
-    warm: dict[str, set[str]] = defaultdict(set)
-    late: dict[str, set[str]] = defaultdict(set)
-    seen = warm
+def variants(steps: Steps, runs: Iterable[tuple[list[int], bool]]) -> dict[str, set[str]]:
+    """What Triton would compile for some requests, (tokens of each, whether latents attend), by kernel."""
+    seen = defaultdict[str, set[str]](set)
 
     def note(*, key: Any, fn: Any, **_: Any) -> bool:
         """Called for a variant that is not there; that it answers yes keeps it from being compiled and launched."""
@@ -108,18 +118,33 @@ def main() -> None:
         return True
 
     knobs.runtime.jit_cache_hook = note
+    for lens, latent in runs:
+        steps.run(lens, latent=latent)
+    return seen
+
+
+def warm_runs(seqs: int) -> Iterator[tuple[list[int], bool]]:
+    """What a start with up to `seqs` requests runs."""
+    for tokens, prompts, chunk in warm_steps(max_tokens=8192, max_seqs=seqs, longest=8190, block_size=16,
+                                             num_blocks=10**5, spare=2):
+        yield [tokens - chunk] * prompts, False
+        if chunk:
+            yield [chunk] * prompts, True
+    yield from (([1] * rows, True) for rows in rehearsal_sizes(seqs))
+
+
+def main() -> None:
+    driver.set_active(Hopper())
     for module in (scaled, w4a16, paged):
         module.multiprocessors = lambda device: 132
     steps = Steps()
-    for lens in [*([prompt] for prompt in PROMPTS), *([1] * rows for rows in DECODES)]:
-        steps.run(lens)
-    seen = late
-    for lens in [*([tokens] for tokens in ODD), *([tokens] * 3 for tokens in ODD), [1, 300], [1] * 15 + [1000],
-                 *([1] * rows for rows in graph_sizes(256))]:
-        steps.run(lens)
-    for name in sorted(late):
-        if more := late[name] - warm[name]:
-            print(f"{name}: {len(warm[name])} variants in warm-up, {len(more)} more for other numbers of tokens")
+    for seqs in SEQS:
+        warm = variants(steps, warm_runs(seqs))
+        late = variants(steps, ((lens, max(lens) <= ABSORBED) for lens in LATE if len(lens) <= seqs))
+        for name in sorted(late):
+            if more := late[name] - warm.get(name, set()):
+                print(f"{name}, {seqs} requests at most: {len(warm.get(name, ()))} variants in warm-up, {len(more)} "
+                      "more for other numbers of tokens")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ MODELS = {"llama": ("Llama", {}, {}), "fp8": ("Llama", {}, {"quantization": "fp8
           "mixtral": ("Mixtral", dict(num_local_experts=4, num_experts_per_tok=2), {}),
           "eager": ("Mixtral", dict(num_local_experts=4, num_experts_per_tok=2), {"enforce_eager": True}),
           "latent": ("DeepseekV2", MLA, {}), "triton": ("Llama", {}, {"attention_backend": "triton"})}
-PROMPTS = [[5] * 3, [7, 8, 9] * 20, list(range(5, 100))]
+# Short ones and long ones, a crowd, and one that begins as another that is cached by then.
+PROMPTS = [[5] * 3, [7, 8, 9] * 20, list(range(5, 100)), *([11 + i] * 10 for i in range(30)), [*range(5, 100), 7, 8]]
 
 
 @pytest.mark.parametrize("name", MODELS)

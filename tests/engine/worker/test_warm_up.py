@@ -15,6 +15,7 @@ from nybble.engine.plan import KVCacheLayout
 from nybble.engine.worker import gpu_worker
 from nybble.engine.worker.decode_graphs import DecodeGraphs, graph_sizes
 from nybble.engine.worker.gpu_worker import DUMMY_OUTPUTS, GPUWorker
+from nybble.engine.worker.warm_steps import rehearsal_sizes
 
 
 def worker_of(device, *, max_tokens=8192, max_seqs=256, max_len=4096):
@@ -30,11 +31,13 @@ def layout_of(blocks, block_size=16):
     return KVCacheLayout(num_blocks=blocks, block_size=block_size, groups=[None])
 
 
-def test_every_power_of_two_is_some_prompts():
+def test_steps_of_a_common_start():
     steps = worker_of("cuda")._warm_steps(layout_of(10_000))
-    assert steps == [(2, 1), (16, 1), (32, 1), (64, 1), (128, 1), (256, 1), (512, 1), (1024, 1), (2048, 1), (2048, 2),
-                     (2730, 3)]
-    assert worker_of("cpu")._warm_steps(layout_of(10_000)) == [(16, 1)]
+    plain = [(tokens, prompts) for tokens, prompts, chunk in steps if not chunk]
+    assert plain == [(2, 1), (4, 1), (8, 1), (16, 1), (32, 1), (64, 1), (128, 1), (192, 1), (256, 1), (2, 256),
+                     (512, 1), (1024, 1), (2048, 1), (16, 256), (2048, 2), (2730, 3)]
+    assert [step for step in steps if step.chunk] == [(1024, 1, 2), (1024, 1, 50)]
+    assert worker_of("cpu")._warm_steps(layout_of(10_000)) == [(16, 1, 0)]
 
 
 @settings(max_examples=300, deadline=None)
@@ -42,17 +45,36 @@ def test_every_power_of_two_is_some_prompts():
        blocks=st.integers(1, 700), block_size=st.sampled_from([1, 16, 64]), device=st.sampled_from(["cpu", "cuda"]))
 def test_a_step_is_one_that_could_be_planned(max_tokens, max_seqs, max_len, blocks, block_size, device):
     worker = worker_of(device, max_tokens=max_tokens, max_seqs=max_seqs, max_len=max_len)
-    for length, count in worker._warm_steps(layout_of(blocks, block_size)):
-        assert length >= 1 and 1 <= count <= max_seqs and length * count <= max_tokens
+    steps = worker._warm_steps(layout_of(blocks, block_size))
+    for length, count, chunk in steps:
+        assert length >= 1 and 1 <= count <= max_seqs and length * count <= max_tokens and 0 <= chunk < length
         assert length + DUMMY_OUTPUTS <= max_len
         assert count * -(-(length + DUMMY_OUTPUTS) // block_size) <= blocks - 1
+    room = min(max_tokens, max_len - DUMMY_OUTPUTS, (blocks - 1) * block_size - DUMMY_OUTPUTS)
+    assert bool(steps) is (room > 0) and (device == "cuda" or len(steps) <= 1)
+
+
+@pytest.mark.parametrize("length, chunk, decode, expected", [
+    (8, 0, False, [([8, 8], [0, 0])]),
+    (8, 3, False, [([5, 5], [0, 0]), ([3, 3], [5, 5])]),
+    (8, 3, True, [([5, 5], [0, 0]), ([3, 3], [5, 5]), ([1, 1], [8, 8])]),
+])
+def test_plans_of_a_dummy_step(length, chunk, decode, expected):
+    plans = []
+    worker = worker_of("cuda")
+    worker.config.cache = SimpleNamespace(block_size=16)
+    worker.runner = SimpleNamespace(execute_model=plans.append)
+    worker._run_dummy(length, 2, chunk=chunk, decode=decode)
+    *steps, last = plans
+    assert [(plan.num_tokens, plan.num_computed) for plan in steps] == expected
+    assert last.finished_request_ids == steps[0].request_ids and len(steps[0].new_requests) == 2
 
 
 def test_a_run_on_zeros_that_fails_costs_only_the_head_start(monkeypatch, caplog):
     worker, ran = worker_of("cuda"), []
 
-    def run(length, count, *, decode):
-        ran.append((length, count, decode))
+    def run(length, count, *, chunk, decode):
+        ran.append((length, count, chunk, decode))
         raise ValueError("zeros are no table")
 
     monkeypatch.setattr(gpu_worker, "compiled_ahead", lambda device: nullcontext())
@@ -61,15 +83,21 @@ def test_a_run_on_zeros_that_fails_costs_only_the_head_start(monkeypatch, caplog
     monkeypatch.setattr(worker, "_run_dummy", run)
     with caplog.at_level(logging.WARNING):
         worker.compile_kernels()
-    assert ran == [(8, 1, False)] and worker.runner is None
+    assert ran == [(8, 1, 0, False)] and worker.runner is None
     assert "one after another, since a run on zeros failed: ValueError: zeros are no table" in caplog.text
 
 
+def test_a_start_can_do_without(monkeypatch):
+    monkeypatch.setenv("NYBBLE_COMPILE_AHEAD", "0")
+    worker_of("cuda").compile_kernels()  # a worker without a model could not run a step
+
+
 @pytest.mark.parametrize("most", [1, 7, 16, 100, 256, 512])
-def test_decoding_is_rehearsed_at_powers_of_two_and_the_most(monkeypatch, most):
+def test_what_decoding_is_rehearsed_by(monkeypatch, most):
     graphs, ran = DecodeGraphs.__new__(DecodeGraphs), []
     monkeypatch.setattr(graphs, "_inputs", lambda size: size)
     monkeypatch.setattr(graphs, "_step", ran.append)
     graphs.rehearse(most)
-    assert ran == sorted(ran, reverse=True) and ran[0] == most and set(ran) <= set(graph_sizes(most))
-    assert {1 << i for i in range(most.bit_length() - 1)} & set(graph_sizes(most)) <= set(ran)
+    assert ran == sorted(rehearsal_sizes(most), reverse=True) and ran[0] == most and ran[-1] == 1
+    for size in graph_sizes(most):  # none is far from one that was run
+        assert any(size <= near < 1.5 * size + 1 for near in ran)
