@@ -19,7 +19,7 @@ from ..plugins.errors import NybbleError
 from ..quant import LayerShape, Linear, Part, SplitLinear, Unquantized
 from ..quant.base import CodedMethod, Weights, WeightSpec
 from .measured import EAGER, Collector, Measured
-from .moe import FORMATS, SHAPES, TOLERANCE, TURNS, check, random_turn, random_weight
+from .moe import FORMATS, SHAPES, TOLERANCE, TURNS, check, random_backend, random_turn, random_weight
 from .torch_experts import torch_can, torch_experts
 
 MODELS = ("deepseek-v2-lite", "mixtral-8x7b", "qwen3-30b-a3b")
@@ -96,20 +96,11 @@ def run_backend(case: str, name: str, backend: type[MoEBackend], scheme: Scheme 
 def run_torch(case: str, scheme: Scheme | None, shape: tuple[int, int, int, int], tokens: Sequence[int],
               collector: Collector) -> None:
     """The same for torch's grouped products, in formats that it has."""
-    hidden, intermediate, count, _ = shape
     if not torch_can(scheme) or (scheme is not None and collector.device.type != "cuda"):
         collector.skip(f"{case}/{TORCH}", "multiplies 16 bits, and on CUDA FP8 with a scale for each output")
         return
-    tensors: dict[str, Tensor] = {}
-    for place, (name, rows, columns) in enumerate((("gate", intermediate, hidden), ("up", intermediate, hidden),
-                                                   ("down", hidden, intermediate))):
-        weights = [random_weight(scheme, rows, columns, collector.device, 3 * i + place) for i in range(count)]
-        codes = [weight if isinstance(weight, Tensor) else weight.codes(0, rows) for weight in weights]
-        tensors[f"{name}.codes"] = torch.stack([code.view(torch.uint8) for code in codes]).view(codes[0].dtype)
-        scales = [weight.scales for weight in weights if not isinstance(weight, Tensor)]
-        if scales:
-            tensors[f"{name}.scales"] = torch.stack(scales)
-    each = sum(tensor.nbytes for tensor in tensors.values()) // count
+    tensors = random_backend(scheme, shape, collector.device).tensors
+    each = sum(tensor.nbytes for tensor in tensors.values()) // shape[2]
     time_layer(case, TORCH, torch_experts(tensors, scheme), each, scheme, shape, tokens, collector)
 
 

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from ..csrc.quantize import quantize, triton_quantize
-from ..csrc.scheme import Activation, Scheme
-
-TOKEN = Activation(dtype="fp8_e4m3", scale="token")
+from ..csrc.scheme import Scheme
+from .kernels import TOKEN
 
 
 def torch_can(scheme: Scheme | None) -> bool:

@@ -15,11 +15,14 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from nybble.csrc.attention import paged
-from nybble.csrc.attention.paged import Ragged, attend_latent, attend_paged
+from nybble.csrc.attention.cache import rope_and_cache
+from nybble.csrc.attention.paged import Ragged, attend_latent, attend_paged, rope_and_attend
 from nybble.csrc.matrix import QuantizedMatrix
 from nybble.csrc.moe_gemm import CodedStack
 from nybble.csrc.moe_gemm.grouped import sort_slots
 from nybble.csrc.moe_route import Routing, align, choose_experts
+from nybble.csrc.norm_rope.fused import fused_rms_norm, fused_silu_mul
+from nybble.csrc.quantize import Rounding
 from nybble.csrc.sampling import take_pending
 from nybble.csrc.scaled_gemm import TritonScaledKernel
 from nybble.csrc.scaled_gemm import linear as scaled
@@ -93,12 +96,19 @@ class Steps:
             linear(torch.zeros(tokens, linear.columns, dtype=BF16))
         batch = Ragged(query_start=torch.zeros(count + 1, dtype=torch.int32), max_query_len=max(lens),
                        seq_lens=torch.zeros(count, dtype=torch.int32), block_table=torch.zeros(count, BLOCKS).int())
+        slots, angle = torch.zeros(tokens, dtype=torch.int64), torch.zeros(tokens, 1, WIDTH, dtype=BF16)
         for cache in self.caches:
-            attend_paged(torch.zeros(tokens, HEADS, WIDTH, dtype=BF16), cache, batch, scale=1.0)
+            qkv = torch.zeros(tokens, (HEADS + 2 * cache.shape[3]) * WIDTH, dtype=BF16)
+            if batch.max_query_len == 1:
+                rope_and_attend(qkv, angle, angle, cache, slots, batch, heads=HEADS, scale=1.0)
+            else:
+                attend_paged(rope_and_cache(qkv, angle, angle, cache, slots, heads=HEADS), cache, batch, scale=1.0)
         if latent:
             attend_latent(torch.zeros(tokens, LATENT_HEADS, 512, dtype=BF16),
                           torch.zeros(tokens, LATENT_HEADS, 64, dtype=BF16), self.latents, batch, scale=1.0)
         x = torch.zeros(tokens, 1024, dtype=BF16)
+        fused_rms_norm(x, x[0], 1e-5, residual=x, rounding=Rounding(activation=TOKEN))
+        fused_silu_mul(x, Rounding(activation=TOKEN))
         choose_experts(x, torch.zeros(EXPERTS, 1024, dtype=BF16), Routing(top_k=TOP_K))
         chosen = torch.zeros(tokens, TOP_K, dtype=torch.int64)
         tile = tile_for(-(-chosen.numel() // EXPERTS), TILES)

@@ -314,14 +314,14 @@ except NotImplementedError as error:
 
 CPU_LOADED = """
 import torch
-from nybble.csrc import ops
+from nybble.csrc.ops import library_arch, load_op, op_missing, resolve
 from nybble.csrc.units import CPU
-assert all(ops.op_missing(op, torch.device("cpu")) is None for op in CPU.ops)
+assert all(op_missing(op, torch.device("cpu")) is None for op in CPU.ops)
 for op in CPU.ops:
-    print(ops.load_op(op)._schema)
+    print(load_op(op)._schema)
 out = torch.empty(1, 3)
 torch.ops.nybble.cpu_silu_mul(out, torch.tensor([[0.0, 1.0, 2.0, 3.0, 3.0, 3.0]]))
-print(ops.resolve(CPU, ops.library_arch(CPU)).source, out.tolist())
+print(resolve(CPU, library_arch(CPU)).source, out.tolist())
 """
 
 

@@ -88,16 +88,6 @@ def test_scales_of_every_row(scale_rows, expected):
     assert channel_scales(matrix).tolist() == expected and channel_scales(matrix).dtype == torch.float32
 
 
-def matrix_of(n: int, k: int, *, tensor: bool, activation: Activation, device: str = "cuda") -> QuantizedMatrix:
-    rng = torch.Generator().manual_seed(n * k)
-    codes = (torch.randn(n, k, generator=rng) * 40).to(torch.float8_e4m3fn).to(device)
-    scales = (torch.rand(1 if tensor else n, 1, generator=rng) + 0.5).to(device) / 2000
-    return QuantizedMatrix(
-        scheme=Scheme(code="fp8_e4m3", bits=8, activation=activation), rows=n, columns=k,
-        codes=lambda start, stop: codes[start:stop], scales=scales,
-        input_scale=torch.tensor(0.013, device=device) if activation.static else None)
-
-
 @pytest.fixture
 def library():
     if reason := CutlassFp8Kernel.supports(PROBLEM):
@@ -109,8 +99,8 @@ def library():
 @pytest.mark.parametrize("n, k", [(8, 16), (200, 1408), (264, 4096)])
 @pytest.mark.parametrize("tensor, activation", [(False, TOKEN), (True, STATIC)], ids=["channel-token", "tensor-static"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_contract(library, m, n, k, tensor, activation, dtype):
-    matrix = matrix_of(n, k, tensor=tensor, activation=activation)
+def test_contract(fp8_matrix, library, m, n, k, tensor, activation, dtype):
+    matrix = fp8_matrix(n, k, tensor=tensor, activation=activation, device="cuda")
     kernel = CutlassFp8Kernel(matrix, dtype)
     for kind in ("normal", "outliers", "positive"):
         x = activations(kind, m, k, dtype=dtype, device="cuda")
@@ -124,9 +114,9 @@ def test_contract(library, m, n, k, tensor, activation, dtype):
 @pytest.mark.parametrize("n, k", [(8, 16), (200, 1408), (264, 4096), (64, 14336)])
 @pytest.mark.parametrize("activation", [TOKEN, STATIC], ids=["token", "static"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_a_few_tokens_rounded_by_the_product_are_those_rounded_before(library, m, n, k, activation, dtype):
+def test_a_few_tokens_rounded_by_the_product_are_those_rounded_before(fp8_matrix, library, m, n, k, activation, dtype):
     """Bit for bit: the same codes, summed in the same order; a NaN and an infinity included."""
-    matrix = matrix_of(n, k, tensor=False, activation=activation)
+    matrix = fp8_matrix(n, k, tensor=False, activation=activation, device="cuda")
     kernel, x = CutlassFp8Kernel(matrix, dtype), activations("outliers", m, k, dtype=dtype, device="cuda")
     x[-1, 5], bias = (float("nan"), float("inf"))[m % 2], torch.randn(n, dtype=dtype, device="cuda")
     codes, scales = triton_quantize(x, activation, kernel.weights.get("input_scale"))
@@ -140,10 +130,10 @@ def test_a_few_tokens_rounded_by_the_product_are_those_rounded_before(library, m
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", range(CONFIGS))
 @pytest.mark.parametrize("m", [1, 16, 77, 300])
-def test_every_tile_computes_the_same_product(library, config, m):
+def test_every_tile_computes_the_same_product(fp8_matrix, library, config, m):
     """One scale for all inputs as well as one a token; outputs start as NaN: every element is written."""
     n, k = 4104, 2064
-    matrix = matrix_of(n, k, tensor=False, activation=TOKEN)
+    matrix = fp8_matrix(n, k, tensor=False, activation=TOKEN, device="cuda")
     x, bias = activations("normal", m, k, dtype=torch.bfloat16, device="cuda"), torch.randn(n, device="cuda").bfloat16()
     codes, scales = quantize(x, TOKEN)
     for factor in (scales, scales[:1]):
@@ -154,8 +144,8 @@ def test_every_tile_computes_the_same_product(library, config, m):
 
 
 @pytest.mark.gpu
-def test_a_nan_stays_in_its_row(library):
-    matrix = matrix_of(64, 128, tensor=False, activation=TOKEN)
+def test_a_nan_stays_in_its_row(fp8_matrix, library):
+    matrix = fp8_matrix(64, 128, tensor=False, activation=TOKEN, device="cuda")
     x = torch.ones(20, 128, dtype=torch.bfloat16, device="cuda")
     x[3, 7], x[17, 0] = float("nan"), float("inf")
     bad = CutlassFp8Kernel(matrix, torch.bfloat16)(x).isnan()
@@ -164,8 +154,8 @@ def test_a_nan_stays_in_its_row(library):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("m", [1, 40, 200])
-def test_a_captured_graph(library, m):
-    matrix = matrix_of(200, 1408, tensor=False, activation=TOKEN)
+def test_a_captured_graph(fp8_matrix, library, m):
+    matrix = fp8_matrix(200, 1408, tensor=False, activation=TOKEN, device="cuda")
     kernel, x = CutlassFp8Kernel(matrix, torch.bfloat16), torch.randn(m, 1408, device="cuda").bfloat16()
     kernel(x)
     graph = torch.cuda.CUDAGraph()

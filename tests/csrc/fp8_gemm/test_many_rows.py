@@ -8,9 +8,8 @@ import torch
 from nybble.csrc.contract import Bound, activations, check_product
 from nybble.csrc.fp8_gemm import CutlassFp8Kernel, linear, many_rows
 from nybble.csrc.fp8_gemm.many_rows import MANY_TOKENS, cublas_has_rows, fits, multiply, rowwise_missing
-from nybble.csrc.matrix import QuantizedMatrix
 from nybble.csrc.quantize import Quantized, dequantize, quantize
-from nybble.csrc.scheme import Activation, Scheme
+from nybble.csrc.scheme import Activation
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOKEN = Activation(dtype="fp8_e4m3", scale="token")
@@ -30,16 +29,6 @@ def asked_anew():
 def torch_has_it():
     if reason := rowwise_missing(DEVICE):
         pytest.skip(reason)
-
-
-def matrix_of(n: int, k: int, *, tensor: bool, activation: Activation) -> QuantizedMatrix:
-    rng = torch.Generator().manual_seed(n * k)
-    codes = (torch.randn(n, k, generator=rng) * 40).to(torch.float8_e4m3fn).to(DEVICE)
-    scales = (torch.rand(1 if tensor else n, 1, generator=rng) + 0.5).to(DEVICE) / 2000
-    return QuantizedMatrix(
-        scheme=Scheme(code="fp8_e4m3", bits=8, activation=activation), rows=n, columns=k,
-        codes=lambda start, stop: codes[start:stop], scales=scales,
-        input_scale=torch.tensor(0.013, device=DEVICE) if activation.static else None)
 
 
 @pytest.mark.parametrize("cuda, has", [(None, False), ("11.8", False), ("12.8", False), ("12.9", True),
@@ -67,12 +56,12 @@ def test_a_refusal_is_told_once(monkeypatch, caplog):
 
 @pytest.mark.parametrize("n, k", [(32, 64), (208, 1408)])
 @pytest.mark.parametrize("tensor, activation", [(False, TOKEN), (True, STATIC)], ids=["channel-token", "tensor-static"])
-def test_the_kernel_gives_torch_its_rows(torch_has_it, monkeypatch, n, k, tensor, activation):
+def test_the_kernel_gives_torch_its_rows(fp8_matrix, torch_has_it, monkeypatch, n, k, tensor, activation):
     """From MANY_TOKENS on the product is torch's and keeps the contract; one token fewer is CUTLASS's."""
     compiled = []
     monkeypatch.setattr(linear, "load_op", lambda op: lambda out, *rest: compiled.append(len(out)))
     monkeypatch.setattr(linear, "optional_op", lambda op, device: None)
-    matrix = matrix_of(n, k, tensor=tensor, activation=activation)
+    matrix = fp8_matrix(n, k, tensor=tensor, activation=activation, device=DEVICE)
     kernel = CutlassFp8Kernel(matrix, torch.bfloat16)
     for kind in ("normal", "outliers", "positive"):
         x = activations(kind, MANY_TOKENS + 3, k, dtype=torch.bfloat16, device=DEVICE)
@@ -89,9 +78,9 @@ def test_the_kernel_gives_torch_its_rows(torch_has_it, monkeypatch, n, k, tensor
 @pytest.mark.gpu
 @pytest.mark.parametrize("m", [MANY_TOKENS, 1000, 4096])
 @pytest.mark.parametrize("n, k", [(6144, 4096), (4096, 14336)])
-def test_contract_at_real_shapes(torch_has_it, m, n, k):
+def test_contract_at_real_shapes(fp8_matrix, torch_has_it, m, n, k):
     """Values of one sign too, whose long sums show an accumulator that is never emptied."""
-    matrix = matrix_of(n, k, tensor=False, activation=TOKEN)
+    matrix = fp8_matrix(n, k, tensor=False, activation=TOKEN, device=DEVICE)
     dense, weights = matrix.dequant(0, n), matrix.codes(0, n)
     for kind in ("normal", "outliers", "positive"):
         codes, scales = quantize(activations(kind, m, k, dtype=torch.bfloat16, device=DEVICE), TOKEN)
@@ -100,8 +89,8 @@ def test_contract_at_real_shapes(torch_has_it, m, n, k):
 
 
 @pytest.mark.gpu
-def test_a_nan_stays_in_its_row(torch_has_it):
-    matrix = matrix_of(64, 128, tensor=False, activation=TOKEN)
+def test_a_nan_stays_in_its_row(fp8_matrix, torch_has_it):
+    matrix = fp8_matrix(64, 128, tensor=False, activation=TOKEN, device=DEVICE)
     x = torch.ones(MANY_TOKENS, 128, dtype=torch.bfloat16, device=DEVICE)
     x[3, 7], x[17, 0] = float("nan"), float("inf")
     codes, scales = quantize(x, TOKEN)
