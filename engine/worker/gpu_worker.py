@@ -215,10 +215,11 @@ class GPUWorker:
         """What to warm up by, smallest first; one step where nothing is compiled when it is met."""
         limits, met = self.config.scheduler, self.device.type == "cuda"
         most = limits.max_num_batched_tokens
-        steps = warm_steps(max_tokens=most if met else min(WARM_TOKENS, most), max_seqs=limits.max_num_seqs,
+        steps = warm_steps(max_tokens=most if met else min(WARM_TOKENS, most),
+                           max_seqs=limits.max_num_seqs if met else 1,
                            longest=self.config.model.max_model_len - DUMMY_OUTPUTS, block_size=layout.block_size,
                            num_blocks=layout.num_blocks, spare=DUMMY_OUTPUTS)
-        return steps if met else [step for step in steps if step.prompts == 1 and not step.chunk][-1:]
+        return steps if met else [step for step in steps if not step.chunk][-1:]
 
     def expert_counts(self, reset: bool) -> list[ExpertCounts]:
         """Read the counts of every layer of experts, in one copy from the device; `reset` to begin anew.

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nybble.engine.plan import KVCacheLayout
@@ -41,6 +41,7 @@ def test_steps_of_a_common_start():
 
 
 @settings(max_examples=300, deadline=None)
+@example(max_tokens=2, max_seqs=2, max_len=3, blocks=3, block_size=16, device="cpu")  # two prompts of one token fit
 @given(max_tokens=st.integers(1, 9000), max_seqs=st.integers(1, 300), max_len=st.integers(1, 5000),
        blocks=st.integers(1, 700), block_size=st.sampled_from([1, 16, 64]), device=st.sampled_from(["cpu", "cuda"]))
 def test_a_step_is_one_that_could_be_planned(max_tokens, max_seqs, max_len, blocks, block_size, device):
