@@ -45,6 +45,17 @@ def log_left_alone():
     logger.setLevel(logging.NOTSET)
 
 
+@pytest.fixture
+def whole_device() -> None:
+    """For tests of how much of a device's memory a run finds free: skips where other processes hold some of it."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    others = total - free - torch.cuda.memory_reserved()
+    if others > 2 * 2**30:  # this process's context and kernels are not reserved memory, but take less than that
+        pytest.skip(f"other processes hold {others / 2**30:.1f} GiB of the device: run this test by itself, -n 0")
+
+
 @pytest.fixture(scope="session")
 def shared_fixtures() -> Path:
     """Checkpoints written by real quantizers; not part of the repository."""

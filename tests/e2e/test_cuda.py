@@ -50,6 +50,7 @@ def test_seeded_sampling_is_the_cpus(llama):
     assert sum(same) >= len(same) - 1  # a draw can fall between two roundings of one boundary
 
 
+@pytest.mark.usefixtures("whole_device")
 @pytest.mark.parametrize("name", ["llama-bf16", "qwen2-bf16"])
 def test_the_oracle_on_cuda_with_a_measured_cache(name, shared_fixtures):
     """KV size measured on the device: nothing overridden but the share of memory."""

@@ -134,6 +134,7 @@ def test_settings_count(flags, change, tmp_path, host):
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("whole_device")
 @pytest.mark.parametrize("name", ["llama3-8b-fp8", "llama3-8b-awq", "dsv2-lite-fp8"])
 def test_a_run_measures_what_was_planned(name, tmp_path, host):
     folder = write_model(tmp_path / name, MODELS[name].config)

@@ -11,9 +11,10 @@ import sys
 import time
 
 import httpx
-import openai
 import psutil
 import pytest
+
+openai = pytest.importorskip("openai", reason="the openai package is a dev dependency")
 
 PROGRAM = """
 import sys

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
-import openai
 import pytest
+
+openai = pytest.importorskip("openai", reason="the openai package is a dev dependency")
 
 USER = [{"role": "user", "content": "Hi"}]
 
