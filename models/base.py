@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -133,6 +134,12 @@ class CausalLM(nn.Module):
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """hidden [S, hidden] -> logits [S, vocab]."""
         return self.head(hidden)
+
+    @contextmanager
+    def one_layer_of_a_kind(self) -> Iterator[None]:
+        """While this lasts, layers that launch what another launches may be left out, for the launches' sake: what
+        comes out means nothing. Here none is."""
+        yield
 
     def slots(self) -> Iterator[Slot]:
         """Every checkpoint tensor the model uses, in module order."""

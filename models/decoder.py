@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -75,6 +76,18 @@ class DecoderLM(CausalLM):
         for layer in self.layers:
             x, residual = layer(x, residual, rope, batch)
         return self.norm(x, residual)[0]
+
+    @contextmanager
+    def one_layer_of_a_kind(self) -> Iterator[None]:
+        """The first layer, which has no residual stream yet, and of the others one of those that print alike."""
+        whole, kinds = self.layers, dict[str, nn.Module]()
+        for layer in whole[1:]:
+            kinds.setdefault(repr(layer), layer)
+        self.layers = nn.ModuleList([*whole[:1], *kinds.values()])
+        try:
+            yield
+        finally:
+            self.layers = whole
 
 
 class HubDecoderLM(DecoderLM):

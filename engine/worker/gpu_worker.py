@@ -84,8 +84,8 @@ class GPUWorker:
         length, count, layout = self._largest_step()
         try:
             self._build_runner(layout)
-            assert self.runner is not None
-            with compiled_ahead(self.device):
+            assert self.runner is not None and self.loaded is not None
+            with compiled_ahead(self.device), self.loaded.model.one_layer_of_a_kind():
                 for step in [WarmStep(length, count), *reversed(self._warm_steps(layout))]:
                     self._run_dummy(step.tokens, step.prompts, chunk=step.chunk, decode=False)
                 self.runner.rehearse_decoding()

@@ -16,6 +16,7 @@ from nybble.engine.worker import gpu_worker
 from nybble.engine.worker.decode_graphs import DecodeGraphs, graph_sizes
 from nybble.engine.worker.gpu_worker import DUMMY_OUTPUTS, GPUWorker
 from nybble.engine.worker.warm_steps import rehearsal_sizes
+from nybble.models.decoder import DecoderLM
 
 
 def worker_of(device, *, max_tokens=8192, max_seqs=256, max_len=4096):
@@ -25,6 +26,14 @@ def worker_of(device, *, max_tokens=8192, max_seqs=256, max_len=4096):
         scheduler=SimpleNamespace(max_num_batched_tokens=max_tokens, max_num_seqs=max_seqs),
         model=SimpleNamespace(max_model_len=max_len))
     return worker
+
+
+class Stack(DecoderLM):
+    """Layers that are all alike."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__(embed=None, rotary=None, layers=[torch.nn.Identity() for _ in range(layers)], norm=None,
+                         head=None)
 
 
 def layout_of(blocks, block_size=16):
@@ -73,9 +82,11 @@ def test_plans_of_a_dummy_step(length, chunk, decode, expected):
 
 def test_a_run_on_zeros_that_fails_costs_only_the_head_start(monkeypatch, caplog):
     worker, ran = worker_of("cuda"), []
+    model = Stack(3)
+    worker.loaded = SimpleNamespace(model=model)
 
     def run(length, count, *, chunk, decode):
-        ran.append((length, count, chunk, decode))
+        ran.append((length, count, chunk, decode, len(model.layers)))
         raise ValueError("zeros are no table")
 
     monkeypatch.setattr(gpu_worker, "compiled_ahead", lambda device: nullcontext())
@@ -84,7 +95,7 @@ def test_a_run_on_zeros_that_fails_costs_only_the_head_start(monkeypatch, caplog
     monkeypatch.setattr(worker, "_run_dummy", run)
     with caplog.at_level(logging.WARNING):
         worker.compile_kernels()
-    assert ran == [(8, 1, 0, False)] and worker.runner is None
+    assert ran == [(8, 1, 0, False, 2)] and worker.runner is None and len(model.layers) == 3
     assert "one after another, since a run on zeros failed: ValueError: zeros are no table" in caplog.text
 
 
