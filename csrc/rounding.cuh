@@ -29,20 +29,14 @@ struct Pair<__nv_bfloat16> {
   static __device__ __nv_bfloat162 narrow(float2 v) { return __float22bfloat162_rn(v); }
 };
 
-// Sizes of values are compared as the integers that their bits are: NaN is then above infinity, and that above all else.
-__device__ inline uint32_t size_of(float v) { return __float_as_uint(v) & 0x7FFFFFFF; }
-
-// The largest size among the eight values of a vector.
+// The largest size among the eight values of a vector, as its bits in float32. Sizes are compared as the integers that
+// their bits are: NaN is then above infinity, and that above all else.
 template <typename T>
 __device__ inline uint32_t peak_of(uint4 const& held) {
-  auto const* pairs = reinterpret_cast<typename Pair<T>::Type const*>(&held);
-  uint32_t peak = 0;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    float2 const v = Pair<T>::widen(pairs[i]);
-    peak = max(peak, max(size_of(v.x), size_of(v.y)));
-  }
-  return peak;
+  constexpr uint32_t kSizes = 0x7FFF7FFF;
+  uint32_t const two = __vmaxu2(__vmaxu2(held.x & kSizes, held.y & kSizes), __vmaxu2(held.z & kSizes, held.w & kSizes));
+  float2 const v = Pair<T>::widen(reinterpret_cast<typename Pair<T>::Type const&>(two));
+  return max(__float_as_uint(v.x), __float_as_uint(v.y));
 }
 
 // The largest of all threads of a block of WARPS warps; every thread gets it. `shared` may be used again after the next
