@@ -3,6 +3,7 @@
 #include "bind.h"
 
 #include "attention/paged_attention.h"
+#include "attention/prompt_attention.h"
 
 extern "C" {
 int nybble_fp8_few_rows(void* out, const void* x, const void* w, const float* x_scale, const float* w_scale,
@@ -22,6 +23,7 @@ int nybble_silu_mul_fp8(void* codes, float* scales, const void* x, const float* 
                         int width, int half, cudaStream_t);
 int nybble_paged_attention_v1(const PagedAttention*, cudaStream_t);
 int nybble_paged_attention_v2(const PagedAttention*, cudaStream_t);
+int nybble_prompt_attention(const PromptAttention*, cudaStream_t);
 int nybble_reshape_and_cache(const void* k, const void* v, void* cache, const int64_t* slots, int64_t tokens,
                              int64_t k_stride, int64_t v_stride, int64_t plane_bytes, int width, float k_scale,
                              float v_scale, bool bf16, bool fp8, cudaStream_t);
@@ -109,6 +111,53 @@ void paged_attention_v2(Tensor out, Tensor partial, Tensor maxima, Tensor sums, 
   a.parts = static_cast<int>(parts);
   a.part_tokens = static_cast<int>(part_tokens);
   check(nybble_paged_attention_v2(&a, stream_of(q)), "paged_attention_v2");
+}
+
+void prompt_attention(Tensor out, Tensor counter, Tensor q, Tensor cache, Tensor query_start, Tensor seq_lens,
+                      Tensor block_table, double scale, double v_scale) {
+  check_cache(cache, q);
+  const int64_t requests = seq_lens.numel(), width = q.size(2);
+  auto aligned = [](const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; };
+  STD_TORCH_CHECK(q.dim() == 3 && q.stride(2) == 1 && q.stride(0) % 8 == 0 && q.stride(1) % 8 == 0 && aligned(q) &&
+                      aligned(cache) && cache.scalar_type() == q.scalar_type(),
+                  "q must be [T, heads, D] of the cache's dtype, its rows and the cache 16-byte aligned");
+  STD_TORCH_CHECK(out.is_contiguous() && out.numel() == q.numel() && out.scalar_type() == q.scalar_type(),
+                  "out must be dense, of q's shape and dtype");
+  STD_TORCH_CHECK((width == 64 || width == 128) && cache.size(4) == width && q.size(1) % cache.size(3) == 0 &&
+                      q.size(1) / cache.size(3) <= 128 && cache.size(2) >= 8 && cache.size(2) <= 128,
+                  "heads must be of 64 or 128 values, up to 128 to a head of the cache, blocks of 8 to 128 tokens");
+  for (const Tensor* t : {&query_start, &seq_lens})
+    STD_TORCH_CHECK(t->scalar_type() == ScalarType::Int && t->is_contiguous() &&
+                        t->numel() == requests + (t == &query_start),
+                    "query_start and seq_lens must be dense int32 [R + 1] and [R]");
+  STD_TORCH_CHECK(block_table.scalar_type() == ScalarType::Int && block_table.dim() == 2 &&
+                      block_table.stride(1) == 1 && block_table.size(0) == requests,
+                  "block_table must be int32 [R, max_blocks] with dense rows");
+  STD_TORCH_CHECK(counter.scalar_type() == ScalarType::Int && counter.numel() == 1,
+                  "counter must be int32 [1]");
+  PromptAttention a{};
+  a.counter = static_cast<int*>(counter.mutable_data_ptr());
+  a.out = out.mutable_data_ptr();
+  a.q = q.const_data_ptr();
+  a.cache = cache.const_data_ptr();
+  a.query_start = static_cast<const int*>(query_start.const_data_ptr());
+  a.seq_lens = static_cast<const int*>(seq_lens.const_data_ptr());
+  a.block_table = static_cast<const int*>(block_table.const_data_ptr());
+  a.q_token = q.stride(0);
+  a.q_head = q.stride(1);
+  a.plane_bytes = plane_bytes(cache);
+  a.requests = static_cast<int>(requests);
+  a.tokens = static_cast<int>(q.size(0));
+  a.heads = static_cast<int>(q.size(1));
+  a.kv_heads = static_cast<int>(cache.size(3));
+  a.dim = static_cast<int>(width);
+  a.blocks = static_cast<int>(cache.size(1));
+  a.block_size = static_cast<int>(cache.size(2));
+  a.max_blocks = static_cast<int>(block_table.stride(0));
+  a.scale = static_cast<float>(scale);
+  a.v_scale = static_cast<float>(v_scale);
+  a.bf16 = is_bf16(q);
+  check(nybble_prompt_attention(&a, stream_of(q)), "prompt_attention");
 }
 
 void reshape_and_cache(Tensor k, Tensor v, Tensor cache, Tensor slots, double k_scale, double v_scale) {
@@ -254,6 +303,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(nybble, m) {
       "Tensor cache, Tensor block_table, Tensor seq_lens, float scale, int window, float k_scale, float v_scale, "
       "int part_tokens) -> ()");
   m.def(
+      "prompt_attention(Tensor(a!) out, Tensor(b!) counter, Tensor q, Tensor cache, Tensor query_start, "
+      "Tensor seq_lens, Tensor block_table, float scale, float v_scale) -> ()");
+  m.def(
       "reshape_and_cache(Tensor k, Tensor v, Tensor(a!) cache, Tensor slots, float k_scale, float v_scale) -> ()");
 }
 
@@ -265,5 +317,6 @@ STABLE_TORCH_LIBRARY_IMPL(nybble, CUDA, m) {
   m.impl("silu_mul_fp8", TORCH_BOX(&silu_mul_fp8));
   m.impl("paged_attention_v1", TORCH_BOX(&paged_attention_v1));
   m.impl("paged_attention_v2", TORCH_BOX(&paged_attention_v2));
+  m.impl("prompt_attention", TORCH_BOX(&prompt_attention));
   m.impl("reshape_and_cache", TORCH_BOX(&reshape_and_cache));
 }

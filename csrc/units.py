@@ -53,6 +53,7 @@ PLAIN = KernelLibrary(
     binding="bind.cpp",
     units=(
         Unit(source="attention/paged_attention.cu", ops=("paged_attention_v1", "paged_attention_v2")),
+        Unit(source="attention/prompt_attention.cu", ops=("prompt_attention",)),
         Unit(source="w4a16_gemm/few_rows.cu", ops=("w4_few_rows", "w4_experts")),
         Unit(source="fp8_gemm/few_rows.cu", ops=("fp8_few_rows", "fp8_few_rows_rounding")),
         Unit(source="norm_rope/silu_mul_fp8.cu", ops=("silu_mul_fp8",)),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..launch import early, multiprocessors
 from .cache import HeadNorms
+from .prompt import prompt_attention_op
 
 LOG2E = 1.4426950408889634
 # The smallest side of a matrix product in Triton.
@@ -21,6 +22,8 @@ MAX_SPLITS = 64
 MIN_SHARE = 64
 # Values of one program of the merge, by head width.
 MERGE_WIDTH = 64
+# From more rows (queries x heads of a group) of one request on, the compiled kernel for prompts takes a batch.
+FEW_ROWS = 64
 # Shared memory of a multiprocessor that no program can have, in bytes.
 RESERVED = 1024
 
@@ -67,7 +70,8 @@ LATENT = (AttentionTile(m=16, n=64, warps=8, stages=3), AttentionTile(m=32, n=64
 def attend_paged(q: Tensor, cache: Tensor, batch: Ragged, *, scale: float, window: int | None = None,
                  k_scale: float = 1.0, v_scale: float = 1.0, splits: int | None = None,
                  tile: AttentionTile | None = None) -> Tensor:
-    """Causal attention over the paged cache; whatever q's rows attend to is already stored.
+    """Causal attention over the paged cache; whatever q's rows attend to is already stored. Prompts have a compiled
+    kernel on Hopper, where it is built (csrc/attention/prompt_attention.cu) and no `splits` or `tile` is asked for.
 
     Args:
         q: [T, heads, D] of 16 or 32 bits, any strides but the last. cache: [2, num_blocks, block_size, kv_heads, D] in
@@ -77,6 +81,12 @@ def attend_paged(q: Tensor, cache: Tensor, batch: Ragged, *, scale: float, windo
         [T, heads, D].
     """
     main, group = _main_part(q.shape[2]), q.shape[1] // cache.shape[3]
+    many = batch.max_query_len * group > FEW_ROWS and splits is None and tile is None
+    if many and (prompt_attention := prompt_attention_op(q, cache, window)) is not None:
+        out, counter = q.new_empty(q.shape), q.new_zeros(1, dtype=torch.int32)
+        prompt_attention(out, counter, q, cache, batch.query_start, batch.seq_lens, batch.block_table, scale * k_scale,
+                         v_scale)
+        return out
     k, v = cache.flatten(1, 2)
     return _launch(q[..., :main], q[..., main:], k[..., :main], k[..., main:], v, batch, group=group,
                    page=cache.shape[2], key_start=None, qk_scale=scale * k_scale, v_scale=v_scale, window=window,
