@@ -14,6 +14,9 @@ int nybble_fp8_few_rows_rounding(void* out, const void* x, const void* w, const 
 int nybble_w4_few_rows(void* out, const void* x, const void* codes, const void* scales, const void* zeros,
                        const void* bias, int m, int n, int k, int blocks, int blocks_per_group, int zero, int half,
                        int scale_type, cudaStream_t);
+int nybble_w4_mid_rows(void* out, const void* x, const void* codes, const void* scales, const void* zeros,
+                       const void* bias, int m, int n, int k, int blocks, int blocks_per_group, int zero, int splits,
+                       int half, int scale_type, cudaStream_t);
 int nybble_w4_experts(void* out, const void* x, const int* slots, const int* tile_experts, const void* codes,
                       const void* scales, const void* zeros, const void* up_codes, const void* up_scales,
                       const void* up_zeros, int tiles, int tile_slots, int most, int rows_per_slot, int n, int k,
@@ -219,8 +222,10 @@ void silu_mul_fp8(Tensor codes, Tensor scales, Tensor x, std::optional<Tensor> s
         "silu_mul_fp8");
 }
 
-void w4_few_rows(Tensor out, Tensor x, Tensor codes, Tensor scales, std::optional<Tensor> zeros,
-                 std::optional<Tensor> bias, int64_t blocks_per_group, int64_t zero) {
+// Of out [M, N] = x [M, K] W^T by 4-bit codes.
+void check_w4_product(const Tensor& out, const Tensor& x, const Tensor& codes, const Tensor& scales,
+                      const std::optional<Tensor>& zeros, const std::optional<Tensor>& bias, int64_t blocks_per_group,
+                      int64_t zero) {
   STD_TORCH_CHECK(is_bf16(x) || x.scalar_type() == ScalarType::Half, "x must be float16 or bfloat16");
   STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && out.dim() == 2 && out.is_contiguous() &&
                       out.scalar_type() == x.scalar_type() && out.size(0) == x.size(0),
@@ -237,12 +242,28 @@ void w4_few_rows(Tensor out, Tensor x, Tensor codes, Tensor scales, std::optiona
                   "zeros must be dense int8 [groups, N]");
   STD_TORCH_CHECK(!bias || (bias->scalar_type() == x.scalar_type() && bias->numel() == n && bias->is_contiguous()),
                   "bias must be [N] of x's dtype");
+}
+
+void w4_few_rows(Tensor out, Tensor x, Tensor codes, Tensor scales, std::optional<Tensor> zeros,
+                 std::optional<Tensor> bias, int64_t blocks_per_group, int64_t zero) {
+  check_w4_product(out, x, codes, scales, zeros, bias, blocks_per_group, zero);
   check(nybble_w4_few_rows(out.mutable_data_ptr(), x.const_data_ptr(), codes.const_data_ptr(), scales.const_data_ptr(),
                            zeros ? zeros->const_data_ptr() : nullptr, bias ? bias->const_data_ptr() : nullptr,
-                           static_cast<int>(x.size(0)), static_cast<int>(n), static_cast<int>(x.size(1)),
-                           static_cast<int>(blocks), static_cast<int>(blocks_per_group), static_cast<int>(zero),
+                           static_cast<int>(x.size(0)), static_cast<int>(out.size(1)), static_cast<int>(x.size(1)),
+                           static_cast<int>(codes.size(1)), static_cast<int>(blocks_per_group), static_cast<int>(zero),
                            !is_bf16(x), scale_type(scales), stream_of(out)),
         "w4_few_rows");
+}
+
+void w4_mid_rows(Tensor out, Tensor x, Tensor codes, Tensor scales, std::optional<Tensor> zeros,
+                 std::optional<Tensor> bias, int64_t blocks_per_group, int64_t zero, int64_t splits) {
+  check_w4_product(out, x, codes, scales, zeros, bias, blocks_per_group, zero);
+  check(nybble_w4_mid_rows(out.mutable_data_ptr(), x.const_data_ptr(), codes.const_data_ptr(), scales.const_data_ptr(),
+                           zeros ? zeros->const_data_ptr() : nullptr, bias ? bias->const_data_ptr() : nullptr,
+                           static_cast<int>(x.size(0)), static_cast<int>(out.size(1)), static_cast<int>(x.size(1)),
+                           static_cast<int>(codes.size(1)), static_cast<int>(blocks_per_group), static_cast<int>(zero),
+                           static_cast<int>(splits), !is_bf16(x), scale_type(scales), stream_of(out)),
+        "w4_mid_rows");
 }
 
 void w4_experts(Tensor out, Tensor x, Tensor slots, Tensor tiles, Tensor codes, Tensor scales,
@@ -291,6 +312,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(nybble, m) {
         "int blocks_per_group, int zero) -> ()");
   m.def("w4_few_rows(Tensor(a!) out, Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, "
         "int blocks_per_group, int zero) -> ()");
+  m.def("w4_mid_rows(Tensor(a!) out, Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, "
+        "int blocks_per_group, int zero, int splits) -> ()");
   m.def("fp8_few_rows(Tensor(a!) out, Tensor x, Tensor w, Tensor x_scale, Tensor w_scale, Tensor? bias) -> ()");
   m.def("fp8_few_rows_rounding(Tensor(a!) out, Tensor x, Tensor w, Tensor? static_scale, Tensor w_scale, "
         "Tensor? bias) -> ()");
@@ -312,6 +335,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(nybble, m) {
 STABLE_TORCH_LIBRARY_IMPL(nybble, CUDA, m) {
   m.impl("w4_experts", TORCH_BOX(&w4_experts));
   m.impl("w4_few_rows", TORCH_BOX(&w4_few_rows));
+  m.impl("w4_mid_rows", TORCH_BOX(&w4_mid_rows));
   m.impl("fp8_few_rows", TORCH_BOX(&fp8_few_rows));
   m.impl("fp8_few_rows_rounding", TORCH_BOX(&fp8_few_rows_rounding));
   m.impl("silu_mul_fp8", TORCH_BOX(&silu_mul_fp8));

@@ -55,6 +55,7 @@ PLAIN = KernelLibrary(
         Unit(source="attention/paged_attention.cu", ops=("paged_attention_v1", "paged_attention_v2")),
         Unit(source="attention/prompt_attention.cu", ops=("prompt_attention",)),
         Unit(source="w4a16_gemm/few_rows.cu", ops=("w4_few_rows", "w4_experts")),
+        Unit(source="w4a16_gemm/mid_rows.cu", ops=("w4_mid_rows",)),
         Unit(source="fp8_gemm/few_rows.cu", ops=("fp8_few_rows", "fp8_few_rows_rounding")),
         Unit(source="norm_rope/silu_mul_fp8.cu", ops=("silu_mul_fp8",)),
         Unit(source="attention/reshape_and_cache.cu", ops=("reshape_and_cache",)),

@@ -15,6 +15,12 @@ namespace nybble {
 
 __device__ inline uint32_t shared_address(void const* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
+__device__ inline uint4 read_shared(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
+  return v;
+}
+
 // Barriers in shared memory, which count arrivals and bytes that copies bring.
 __device__ inline void start_barrier(uint64_t* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
@@ -57,6 +63,10 @@ __device__ inline void copy_box(void* to, CUtensorMap const* map, int x, int y, 
       "l"(map), "r"(x), "r"(y), "r"(z), "r"(shared_address(barrier))
       : "memory");
 }
+
+// Whether a block of as many threads as one multiprocessor has room for starts with so many registers: groups that ask for
+// more wait for them forever.
+constexpr bool registers_suffice(int threads, int wanted) { return wanted <= 65536 / threads / 8 * 8 * threads; }
 
 // Registers of each thread of a warp group, from those the others give up.
 template <int N>

@@ -25,6 +25,7 @@ constexpr int kGroups = 2, kRows = 64 * kGroups, kKeys = 128, kStages = 3;
 constexpr int kDrawn = 2;  // jobs that were drawn and are not taken up by all
 constexpr int kThreads = 128 * (1 + kGroups), kWarps = 4 * kGroups;  // that multiply
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+static_assert(registers_suffice(kThreads, 128 * (kProducerRegisters + kGroups * kConsumerRegisters)));
 constexpr float kNothing = -INFINITY;
 // Named barriers: of the threads that multiply, and of each group's turn.
 constexpr int kAll = 1, kTurn = 2;

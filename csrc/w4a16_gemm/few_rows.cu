@@ -2,9 +2,8 @@
 // bytes [ceil(N / 64), blocks, 64, 64], byte j of a block of 128 inputs holding the codes of inputs j and j + 64.
 //
 // Bound by reading the weights, so every warp reads its own part of them once, 16 bytes a lane, and unpacks them into the
-// left fragments of mma.m16n8k16: a code under the exponent of 128 (bfloat16; 1024 in float16) is that number plus the
-// code, and subtracting it plus the zero point is exact. The order of inputs inside a block is any, as long as weights
-// and tokens agree on it. A block has one scale for each output, which multiplies its float32 sum.
+// left fragments of mma.m16n8k16. The order of inputs inside a block is any, as long as weights and tokens agree on it. A
+// block has one scale for each output, which multiplies its float32 sum.
 //
 // Unpacking takes nearly as long as reading, so that nothing else may be computed beside it: inputs are first put into
 // shared memory in the order and with the padding of the fragments, where they are few enough for that.
@@ -15,11 +14,14 @@
 #include <cstdint>
 
 #include "../launch.cuh"
+#include "unpack.cuh"
 
 namespace {
 
+using namespace nybble;
+
 constexpr int kWarps = 8, kThreads = 32 * kWarps, kBlock = 128, kStrip = 64, kRows = 16;
-constexpr int kStripBytes = kStrip * kBlock / 2, kInverseBits = 20;
+constexpr int kStripBytes = kStrip * kBlock / 2;
 
 // One matrix [n, k] as it is stored.
 struct Matrix {
@@ -49,27 +51,6 @@ struct Experts {
 };
 
 template <typename T>
-struct Type;
-template <>
-struct Type<__half> {
-  static constexpr uint32_t kMagic = 0x64006400;
-  using Pair = __half2;
-  static __device__ __half narrow(float v) { return __float2half_rn(v); }
-  static __device__ float widen(__half v) { return __half2float(v); }
-};
-template <>
-struct Type<__nv_bfloat16> {
-  static constexpr uint32_t kMagic = 0x43004300;
-  using Pair = __nv_bfloat162;
-  static __device__ __nv_bfloat16 narrow(float v) { return __float2bfloat16_rn(v); }
-  static __device__ float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
-};
-
-__device__ inline float widen(float v) { return v; }
-__device__ inline float widen(__half v) { return __half2float(v); }
-__device__ inline float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
-
-template <typename T>
 __device__ inline void mma(float (&c)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1) {
   if constexpr (sizeof(typename Type<T>::Pair) && Type<T>::kMagic == 0x64006400) {
     asm volatile(
@@ -84,16 +65,6 @@ __device__ inline void mma(float (&c)[4], uint32_t const (&a)[4], uint32_t b0, u
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
-}
-
-// Two codes of a word, at bits `shift` and `shift` + 16, less the zero point that `offset` holds twice under the magic.
-template <typename T>
-__device__ inline uint32_t unpack(uint32_t word, int shift, uint32_t offset) {
-  using Pair = typename Type<T>::Pair;
-  uint32_t raised;  // (word >> shift & 0x000F000F) | magic, which the compiler makes two instructions of
-  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(raised) : "r"(word >> shift), "r"(0x000F000Fu), "r"(Type<T>::kMagic));
-  Pair const exact = __hsub2(*reinterpret_cast<Pair const*>(&raised), *reinterpret_cast<Pair const*>(&offset));
-  return *reinterpret_cast<uint32_t const*>(&exact);
 }
 
 // A word's bytes 0 and 2 come first in the fragments, then 1 and 3: so do the inputs of every four.

@@ -12,6 +12,7 @@ from ..launch import Tile, early, missing, multiprocessors, split_blocks, split_
 from ..matrix import QuantizedMatrix
 from ..ops import optional_op
 from ..select import LinearKernel, Problem
+from . import mid_rows
 from .many_rows import MANY_TOKENS, Format, multiply
 from .packing import MAX_BLOCK, MIN_BLOCK, PackedCodes, block_of
 
@@ -27,8 +28,9 @@ ALIGNMENT = 16  # bytes that a lane of the kernel for few tokens reads at once
 class TritonW4A16Kernel(LinearKernel):
     """Codes with scales and zero points by group, inputs in any order; float32 sums, no atomics.
 
-    4 bits by a few tokens have a kernel of their own on the same weights (csrc/w4a16_gemm/few_rows.cu), where it is
-    built. From MANY_TOKENS on weights are dequantized first, rounded to the inputs' dtype, and torch multiplies.
+    4 bits by a few tokens, and on Hopper by some hundred, have compiled kernels of their own on the same weights
+    (csrc/w4a16_gemm/few_rows.cu, mid_rows.cu), where they are built. From MANY_TOKENS on weights are dequantized first,
+    rounded to the inputs' dtype, and torch multiplies.
     """
 
     name: ClassVar[str] = "triton_w4a16"
@@ -64,6 +66,7 @@ class TritonW4A16Kernel(LinearKernel):
         if matrix.order is not None:
             self.weights["order"] = matrix.order.int()
         self.few_rows = few_rows_op("w4_few_rows", packed, matrix.columns)
+        self.mid_rows = mid_rows.mid_rows_op(packed, matrix.columns)
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         from .triton_kernel import w4a16_kernel
@@ -75,12 +78,16 @@ class TritonW4A16Kernel(LinearKernel):
         weights = self.weights
         if (order := weights.get("order")) is not None:
             rows = rows.index_select(1, order)  # once: gathered inside, every tile of outputs would do it again
-        if len(rows) >= MANY_TOKENS:
-            multiply(rows, weights, self.form, bias, out)
-            return out.view(*x.shape[:-1], self.rows)
-        if self.few_rows is not None and len(rows) <= FEW_ROWS and rows.data_ptr() % ALIGNMENT == 0:
+        aligned = rows.data_ptr() % ALIGNMENT == 0
+        if self.few_rows is not None and len(rows) <= FEW_ROWS and aligned:
             self.few_rows(out, rows, weights["codes"], weights["scales"], weights.get("zeros"), bias,
                           self.form.blocks_per_group, self.form.zero)
+            return out.view(*x.shape[:-1], self.rows)
+        op = self.mid_rows if aligned else None
+        if op is not None and mid_rows.multiply(op, rows, weights, self.form, bias, out):
+            return out.view(*x.shape[:-1], self.rows)
+        if len(rows) >= MANY_TOKENS:
+            multiply(rows, weights, self.form, bias, out)
             return out.view(*x.shape[:-1], self.rows)
         tile = tile_for(len(rows), TILES)
         tiles = -(-self.rows // tile.n) * -(-len(rows) // tile.m)
