@@ -144,7 +144,8 @@ class Linear(nn.Module):
 
     def extra_repr(self) -> str:
         parts = "+".join(f"{p.name}:{p.size}" for p in self.shape.parts)
-        return f"{self.shape.in_features} -> {parts}, {type(self.method).__name__}"
+        bias = ", bias" if self.shape.bias else ""
+        return f"{self.shape.in_features} -> {parts}{bias}, {type(self.method).__name__}, {self.scheme}"
 
 
 class SplitLinear(nn.Module):

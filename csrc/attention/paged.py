@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..launch import early, multiprocessors
 from .cache import HeadNorms
-from .prompt import prompt_attention_op
+from .prompt import ROWS, prompt_attention_op
 
 LOG2E = 1.4426950408889634
 # The smallest side of a matrix product in Triton.
@@ -81,11 +81,13 @@ def attend_paged(q: Tensor, cache: Tensor, batch: Ragged, *, scale: float, windo
         [T, heads, D].
     """
     main, group = _main_part(q.shape[2]), q.shape[1] // cache.shape[3]
-    many = batch.max_query_len * group > FEW_ROWS and splits is None and tile is None
-    if many and (prompt_attention := prompt_attention_op(q, cache, window)) is not None:
+    # Few queries of few requests over many keys want splits of the keys, which that kernel has not.
+    many = batch.max_query_len * group > FEW_ROWS and (
+        batch.max_query_len * group > ROWS or len(batch.seq_lens) * cache.shape[3] >= multiprocessors(q.device))
+    op = prompt_attention_op(q, cache, window) if many and splits is None and tile is None else None
+    if op is not None:
         out, counter = q.new_empty(q.shape), q.new_zeros(1, dtype=torch.int32)
-        prompt_attention(out, counter, q, cache, batch.query_start, batch.seq_lens, batch.block_table, scale * k_scale,
-                         v_scale)
+        op(out, counter, q, cache, batch.query_start, batch.seq_lens, batch.block_table, scale * k_scale, v_scale)
         return out
     k, v = cache.flatten(1, 2)
     return _launch(q[..., :main], q[..., main:], k[..., :main], k[..., main:], v, batch, group=group,

@@ -40,7 +40,8 @@ def prompt_attention_missing(*, device: torch.device, dtype: torch.dtype, cache_
 def prompt_attention_op(q: Tensor, cache: Tensor, window: int | None) -> Callable[..., None] | None:
     """`prompt_attention(out, counter, q, cache, query_start, seq_lens, block_table, scale, v_scale)`, q [T, heads, D],
     cache [2, num_blocks, block_size, kv_heads, D], counter one int32 0; None where something else must do."""
-    if q.data_ptr() % ALIGNMENT or any(stride * q.element_size() % ALIGNMENT for stride in q.stride()[:2]):
+    aligned = not (q.data_ptr() % ALIGNMENT or cache.data_ptr() % ALIGNMENT)
+    if not aligned or any(stride * q.element_size() % ALIGNMENT for stride in q.stride()[:2]):
         return None
     missing = prompt_attention_missing(
         device=q.device, dtype=q.dtype, cache_dtype=cache.dtype, head_dim=q.shape[2], block_size=cache.shape[2],

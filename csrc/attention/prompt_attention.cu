@@ -42,7 +42,7 @@ struct Job {
   int request, kv_head, begin, queries, first_query, length;  // no queries: there is no more to do
 
   __device__ int before() const { return length - queries + first_query; }  // keys before the first query's own
-  __device__ int key_tiles(int block_q) const { return (min(length, before() + block_q) + kKeys - 1) / kKeys; }
+  __device__ int key_tiles(int block_q) const { return (max(0, min(length, before() + block_q)) + kKeys - 1) / kKeys; }
 };
 
 template <int D>
@@ -329,10 +329,17 @@ __global__ void __launch_bounds__(kThreads, 1) prompt_attention(Args const __gri
 }
 
 template <typename T, int D>
-cudaError_t dispatch(Args const& args, int blocks, cudaStream_t stream) {
+cudaError_t dispatch(Args& args, int blocks, cudaStream_t stream) {
+  PromptAttention const& p = args.p;
   int const bytes = sizeof(Shared<D>) + 1024;
   auto kernel = prompt_attention<T, D>;
-  cudaError_t const error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  auto const* cache = static_cast<uint8_t const*>(p.cache);
+  int64_t const slots = int64_t(p.blocks) * p.block_size, kv_row = int64_t(p.kv_heads) * D;
+  if (error == cudaSuccess)
+    error = describe(&args.q, p.q, {D, p.heads, p.tokens}, {p.q_head, p.q_token}, {64, args.group, args.block_q});
+  for (auto [map, plane] : {std::pair{&args.k, cache}, std::pair{&args.v, cache + p.plane_bytes}})
+    if (error == cudaSuccess) error = describe(map, plane, {D, p.kv_heads, slots}, {D, kv_row}, {64, 1, p.block_size});
   return error != cudaSuccess ? error : launch_early(kernel, args, dim3(blocks), kThreads, stream, bytes);
 }
 
@@ -342,7 +349,10 @@ cudaError_t dispatch(Args const& args, int blocks, cudaStream_t stream) {
 // 8 to 128 tokens and a power of two; q's rows are 16-byte aligned. For compute capability 9.0.
 extern "C" int nybble_prompt_attention(PromptAttention const* p, cudaStream_t stream) {
   int device = 0, processors = 0;
-  if (p->tokens == 0) return 0;
+  if (p->tokens == 0 || p->requests == 0) return 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
   Args args{};
   args.p = *p;
   args.p.scale = p->scale * 1.44269504f;  // exponentials are of base 2
@@ -350,17 +360,6 @@ extern "C" int nybble_prompt_attention(PromptAttention const* p, cudaStream_t st
   args.block_q = kRows / args.group;
   args.tiles = p->tokens / args.block_q + p->requests;
   args.jobs = args.tiles * p->kv_heads;
-  auto const* cache = static_cast<uint8_t const*>(p->cache);
-  int64_t const slots = int64_t(p->blocks) * p->block_size, kv_row = int64_t(p->kv_heads) * p->dim;
-  cudaError_t error = describe(&args.q, p->q, {p->dim, p->heads, p->tokens}, {p->q_head, p->q_token},
-                               {64, args.group, args.block_q});
-  for (auto [map, plane] : {std::pair{&args.k, cache}, std::pair{&args.v, cache + p->plane_bytes}})
-    if (error == cudaSuccess)
-      error = describe(map, plane, {p->dim, p->kv_heads, slots}, {p->dim, kv_row}, {64, 1, p->block_size});
-  if (error != cudaSuccess) return error;
-  error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  if (error != cudaSuccess) return error;
   int const blocks = args.jobs < processors ? args.jobs : processors;
   if (p->dim == 128)
     return p->bf16 ? dispatch<__nv_bfloat16, 128>(args, blocks, stream) : dispatch<__half, 128>(args, blocks, stream);

@@ -14,7 +14,7 @@ from ..ops import optional_op
 from ..select import LinearKernel, Problem
 from . import mid_rows
 from .many_rows import MANY_TOKENS, Format, multiply
-from .packing import MAX_BLOCK, MIN_BLOCK, PackedCodes, block_of
+from .packing import MAX_BLOCK, MIN_BLOCK, MOST_BLOCKS, PackedCodes, block_of
 
 # Measured on an H100 at Llama-3-8B's shapes: few tokens want small programs, many a tile that is read often.
 TILES = (Tile(n=64, m=16, warps=4, stages=3), Tile(n=64, m=32, warps=4, stages=4), Tile(n=64, m=64, warps=4, stages=4),
@@ -109,6 +109,7 @@ class TritonW4A16Kernel(LinearKernel):
 def few_rows_op(name: str, packed: PackedCodes, columns: int) -> Callable[..., None] | None:
     """The compiled kernel for a few tokens, if it can multiply by these codes and is there; it needs mma of Ampere."""
     device = packed.bytes.device
-    if packed.width != 4 or packed.block != MAX_BLOCK or columns % 16 or missing(device, (8, 0)) is not None:
+    if (packed.width != 4 or packed.block != MAX_BLOCK or columns % 16 or packed.bytes.shape[-3] > MOST_BLOCKS
+            or missing(device, (8, 0)) is not None):
         return None
     return optional_op(name, device)

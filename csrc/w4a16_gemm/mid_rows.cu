@@ -232,9 +232,9 @@ cudaError_t launch(Args& args, void const* codes, void const* x, int k, cudaStre
   auto kernel = mid_rows<T, S, TOKENS, GROUPS>;
   args.token_tiles = (args.m + TOKENS - 1) / TOKENS;
   int64_t const rows = int64_t(strips) * args.blocks * kStrip;
-  cudaError_t error = describe(&args.codes, codes, {32, 1, rows}, {32, 32}, {32, 1, kStrip});
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess) error = describe(&args.codes, codes, {32, 1, rows}, {32, 32}, {32, 1, kStrip});
   if (error == cudaSuccess) error = describe(&args.x, x, {k, 1, args.m}, {k, k}, {64, 1, TOKENS});
-  if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
   dim3 const grid((strips + GROUPS - 1) / GROUPS * args.token_tiles * args.splits);
   return launch_early(kernel, args, grid, Of::kThreads, stream, bytes, args.splits);

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..launch import multiprocessors
 from ..ops import optional_op
 from .many_rows import Format
-from .packing import MAX_BLOCK, ROWS, PackedCodes
+from .packing import MAX_BLOCK, MOST_BLOCKS, ROWS, PackedCodes
 
 MID_TOKENS = 256
 HOPPER = 9
@@ -25,8 +25,8 @@ MAX_SPLITS, FILLED = 2, 0.7
 def mid_rows_op(packed: PackedCodes, columns: int) -> Callable[..., None] | None:
     """The kernel, if it can multiply by these codes and is there."""
     device = packed.bytes.device
-    if (packed.width != 4 or packed.block != MAX_BLOCK or columns % 16 or device.type != "cuda"
-            or torch.cuda.get_device_capability(device)[0] != HOPPER):
+    if (packed.width != 4 or packed.block != MAX_BLOCK or columns % 16 or packed.bytes.shape[1] > MOST_BLOCKS
+            or device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != HOPPER):
         return None
     return optional_op("w4_mid_rows", device)
 
@@ -36,7 +36,8 @@ def splits_of(tokens: int, rows: int, blocks: int, programs: int) -> int | None:
     multiprocessors; None where it is better left to others."""
     outputs, at_once = (WIDE, FEW_TOKENS) if tokens <= FEW_TOKENS else (NARROW, MANY_TOKENS)
     tiles = -(-rows // outputs) * -(-tokens // at_once)
-    splits = max(1, min(programs // tiles, blocks, MAX_SPLITS))
+    splits = max(1, min(programs // tiles, MAX_SPLITS))
+    splits = -(-blocks // -(-blocks // splits))  # none is empty
     return splits if tokens <= MID_TOKENS and tiles * splits >= FILLED * programs else None
 
 

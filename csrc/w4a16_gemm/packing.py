@@ -14,6 +14,7 @@ ROWS = 64  # outputs whose codes lie together: the rows of one matrix instructio
 MAX_BLOCK = 128
 MIN_BLOCK = 32
 ROWS_AT_ONCE = 64 * ROWS  # packed together: some megabytes of codes
+MOST_BLOCKS = 1024  # of inputs, for the compiled kernels: they find a block's group by a multiplication
 MIN_BYTES = 16  # a matrix instruction's inputs
 
 

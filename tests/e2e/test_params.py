@@ -164,6 +164,15 @@ def test_interrupt_aborts_and_the_engine_goes_on(llm, plain, monkeypatch):
     assert one(llm, GREEDY.replace(ignore_eos=True)).token_ids == plain.token_ids
 
 
+@pytest.fixture
+def interrupts():
+    """As a terminal's: jobs in a shell's background are started with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 def test_a_real_interrupt_in_a_step_waits_for_its_end(llm, plain, monkeypatch):
     """SIGINT arrives while the model runs: the step ends whole, then KeyboardInterrupt, and the engine goes on."""
     executor = llm.llm_engine.client.core.executor

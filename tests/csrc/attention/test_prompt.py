@@ -48,6 +48,28 @@ def test_every_edge_of_one_prompt(queries, length):
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("prompt_attention")
+def test_padding_of_many_rows():
+    """Rows that see no key get zeros, whole tiles of them too."""
+    lens = [(1000, 0), (40, 40), (700, 300), (1, 0)]
+    batch, q, cache, keys, values = paged_case(lens, 4, 1, 128, 16, torch.bfloat16)
+    close(attend_paged(q, cache, batch, scale=0.1), expected(lens, q, keys, values, 0.1), torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("prompt_attention")
+@pytest.mark.parametrize("lens, taken", [([(20, 5000)], False), ([(33, 5000)], True), ([(20, 600)] * 140, True),
+                                         ([(16, 600)] * 140, False)])
+def test_few_queries_are_left_to_splits_of_the_keys(lens, taken, monkeypatch):
+    """Four heads to one of the cache: a program has 128 rows."""
+    batch, q, cache, *_ = paged_case(lens, 4, 1, 64, 16, torch.bfloat16)
+    asked = []
+    monkeypatch.setattr(paged, "_launch", lambda *_, **__: asked.append("triton"))
+    attend_paged(q, cache, batch, scale=0.1)
+    assert (not asked) == taken
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("prompt_attention")
 def test_more_jobs_than_the_device_has_multiprocessors():
     """Blocks take several jobs, some without tiles of keys, and their barriers come round."""
     lens = [(70 + 13 * (i % 7), 70 + 13 * (i % 7) + 150 * (i % 5)) for i in range(60)] + [(1, 0)] * 5
