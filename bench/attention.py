@@ -67,11 +67,10 @@ def cases(small: bool) -> Iterator[AttentionCase]:
         yield replace(base, label="decode/4x40/fp8", latent=False, fp8=True)
         return
     decodes = [AttentionCase(label=f"decode/{b}x{c}", requests=b, query=1, context=c) for b, c in DECODES]
-    yield from decodes
+    prompts = [AttentionCase(label=f"prompt/{b}x{q}of{c}", requests=b, query=q, context=c) for b, q, c in PROMPTS]
+    yield from (*decodes, *prompts)
     yield from (replace(case, label=f"mla-{case.label}", latent=True, heads=16) for case in decodes)
     yield from (replace(case, label=f"{case.label}/fp8", fp8=True) for case in decodes)
-    prompts = [AttentionCase(label=f"prompt/{b}x{q}of{c}", requests=b, query=q, context=c) for b, q, c in PROMPTS]
-    yield from prompts
     yield from (replace(case, label=f"{case.label}/64", block_size=64) for case in decodes)
     yield from (replace(case, label=f"mla-{case.label}", latent=True, heads=16) for case in prompts)
 
