@@ -42,7 +42,9 @@ struct Job {
   int request, kv_head, begin, queries, first_query, length;  // no queries: there is no more to do
 
   __device__ int before() const { return length - queries + first_query; }  // keys before the first query's own
-  __device__ int key_tiles(int block_q) const { return (max(0, min(length, before() + block_q)) + kKeys - 1) / kKeys; }
+  __device__ int key_tiles(int block_q) const {
+    return (max(0, min(length, before() + block_q)) + kKeys - 1) / kKeys;
+  }
 };
 
 template <int D>
@@ -229,7 +231,8 @@ struct Consumer {
     uint32_t const v = shared_address(s.v[tile % kStages]);
     begin_products();
 #pragma unroll
-    for (int i = 0; i < kKeys / 16; ++i) multiply_rows<T, true>(sums, &weights[4 * i], panel(v + i * 16 * 128, kKeys * 128), true);
+    for (int i = 0; i < kKeys / 16; ++i)
+      multiply_rows<T, true>(sums, &weights[4 * i], panel(v + i * 16 * 128, kKeys * 128), true);
     end_products();
   }
 
@@ -307,7 +310,10 @@ __global__ void __launch_bounds__(kThreads, 1) prompt_attention(Args const __gri
   if (threadIdx.x == 0) {
     constexpr int kPanels = D / 64;
     start_barrier(&s.full_q, kPanels), start_barrier(&s.empty_q, kWarps);
-    for (int i = 0; i < kDrawn; ++i) start_barrier(&s.full_drawn[i], 1), start_barrier(&s.empty_drawn[i], kWarps + 2 * kPanels);
+    for (int i = 0; i < kDrawn; ++i) {
+      start_barrier(&s.full_drawn[i], 1);
+      start_barrier(&s.empty_drawn[i], kWarps + 2 * kPanels);
+    }
     for (int i = 0; i < kStages; ++i) {
       start_barrier(&s.full_k[i], kPanels), start_barrier(&s.full_v[i], kPanels);
       start_barrier(&s.empty_k[i], kWarps), start_barrier(&s.empty_v[i], kWarps);
