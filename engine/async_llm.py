@@ -36,7 +36,7 @@ from .core.messages import (
 )
 from .demo import resolve_demo
 from .expert_stats import ExpertCounts, check_counting, check_experts
-from .layer_report import LayerReport
+from .layer_report import AttentionReport, LayerReport
 from .llm_engine import load_tokenizer, raise_refusal, servable_config
 from .metrics import StepStats
 from .plan import KVCacheLayout
@@ -88,6 +88,7 @@ class AsyncLLM:
         self.tokenizer = load_tokenizer(config)
         self.layout: KVCacheLayout | None = None
         self.layers: tuple[LayerReport, ...] = ()
+        self.attention: AttentionReport | None = None
         self.dead_error: EngineDeadError | None = None
         self._handle: EngineProcessHandle | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -126,7 +127,7 @@ class AsyncLLM:
         except BaseException:
             await self.shutdown(0.0)
             raise
-        self.layout, self.layers = ready.layout, ready.layers
+        self.layout, self.layers, self.attention = ready.layout, ready.layers, ready.attention
         self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._watch(self._handle))]
 
     async def _first_message(self, handle: EngineProcessHandle) -> FromCore:

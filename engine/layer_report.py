@@ -1,4 +1,4 @@
-"""The load report: what every linear layer is, which kernel runs it, and why no other does."""
+"""The load report: every linear layer and what runs it, how attention is computed, and why not by anything else."""
 
 from __future__ import annotations
 
@@ -28,14 +28,34 @@ class LayerReport(msgspec.Struct, frozen=True, kw_only=True):
     refusals: dict[str, str]
 
 
-def render(layers: Sequence[LayerReport], form: str) -> str:
+class AttentionReport(msgspec.Struct, frozen=True, kw_only=True):
+    """How all layers of attention are computed.
+
+    Attributes:
+        backend: its name. layers: how many there are. cache: the dtype of keys and values.
+        parts: what of the work has, or might have, a kernel of its own -> which one runs it, and why not another.
+        refusals: every other backend -> why it is not used.
+    """
+
+    backend: str
+    layers: int
+    cache: str
+    parts: dict[str, str]
+    refusals: dict[str, str]
+
+    def __str__(self) -> str:
+        parts = "".join(f"; {part}: {how}" for part, how in self.parts.items())
+        return f"{self.backend}, cache in {self.cache}{parts}"
+
+
+def render(layers: Sequence[LayerReport], attention: AttentionReport | None, form: str) -> str:
     """As "table" or "json"."""
-    return as_json(layers) if form == "json" else as_table(layers)
+    return as_json(layers, attention) if form == "json" else as_table(layers, attention)
 
 
-def as_json(layers: Sequence[LayerReport]) -> str:
-    """{"layers": [...]}, indented."""
-    return msgspec.json.format(msgspec.json.encode({"layers": layers}), indent=1).decode()
+def as_json(layers: Sequence[LayerReport], attention: AttentionReport | None) -> str:
+    """{"layers": [...], "attention": {...}}, indented."""
+    return msgspec.json.format(msgspec.json.encode({"layers": layers, "attention": attention}), indent=1).decode()
 
 
 def summary(layers: Sequence[LayerReport]) -> str:
@@ -49,7 +69,7 @@ def summary(layers: Sequence[LayerReport]) -> str:
     return ", ".join(told)
 
 
-def as_table(layers: Sequence[LayerReport]) -> str:
+def as_table(layers: Sequence[LayerReport], attention: AttentionReport | None) -> str:
     """Layers that differ in their number alone are one row; each distinct set of refusals is told once."""
     kinds = [list(group) for _, group in groupby(sorted(layers, key=_kind), key=_kind)]
     lines = [f"{'layers':<44} {'outputs x inputs':<16} {'stored as':<36} {'kernel':<14} {'MB':>9}"]
@@ -67,6 +87,9 @@ def as_table(layers: Sequence[LayerReport]) -> str:
             told.setdefault((f"{group[0].kernel} runs {group[0].scheme}", *reasons), []).append(_kind(group[0])[0])
     for (what, *because), names in told.items():
         lines += ["", f"why {what} ({', '.join(names)}):", *because]
+    if attention is not None:
+        lines += ["", f"attention of {attention.layers} layers by {attention}"]
+        lines += [f"  {name}: {why}" for name, why in attention.refusals.items()]
     return "\n".join(lines)
 
 

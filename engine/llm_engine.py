@@ -13,7 +13,7 @@ from .config import EngineConfig
 from .core.client import EngineCoreClient, InprocClient, ProcClient
 from .demo import resolve_demo
 from .expert_stats import ExpertCounts, check_counting, check_experts
-from .layer_report import LayerReport, render
+from .layer_report import AttentionReport, LayerReport, render
 from .metrics import StepStats
 from .plan import KVCacheLayout
 from .request import RequestOutput, SamplingParams
@@ -60,7 +60,7 @@ class LLMEngine:
             raise
         self.output_processor = OutputProcessor(self.tokenizer)
         if config.load.report is not None:
-            print(render(self.layers, config.load.report), flush=True)
+            print(render(self.layers, self.attention, config.load.report), flush=True)
 
     @classmethod
     def from_engine_args(cls, args: EngineArgs, *, engine_process: bool = False) -> LLMEngine:
@@ -72,6 +72,11 @@ class LLMEngine:
     def layers(self) -> tuple[LayerReport, ...]:
         """What became of every linear layer at load."""
         return self.client.layers
+
+    @property
+    def attention(self) -> AttentionReport | None:
+        """How attention is computed; None where the executor does not say."""
+        return self.client.attention
 
     def add_request(self, request_id: str, prompt: PromptType, params: SamplingParams, *, priority: int = 0,
                     cache_salt: str | None = None) -> None:

@@ -12,6 +12,7 @@ from .mla_reference import (
     write_rows,
 )
 from .paged import AttentionTile, Ragged, attend_latent, attend_paged, attend_plain, rope_and_attend
+from .prompt import prompt_attention_missing
 from .reference import attend, causal_mask, gather_kv, write_kv
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "latent_and_cache",
     "latent_and_cache_reference",
     "project_values",
+    "prompt_attention_missing",
     "rope_and_attend",
     "rope_and_cache",
     "rope_and_cache_reference",

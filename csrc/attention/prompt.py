@@ -31,10 +31,10 @@ def prompt_attention_missing(*, device: torch.device, dtype: torch.dtype, cache_
         return (f"built for heads of {' or '.join(map(str, HEAD_SIZES))}, up to {ROWS} to one of the cache, and blocks "
                 f"of {', '.join(map(str, BLOCK_SIZES))} tokens: not {head_dim}, {group} and {block_size}")
     if window is not None:
-        return "has no sliding window"
+        return "has no window"
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] != HOPPER:
         return "multiplies by Hopper's tensor cores"
-    return op_missing("prompt_attention", device)
+    return None if (reason := op_missing("prompt_attention", device)) is None else f"cannot be had: {reason}"
 
 
 def prompt_attention_op(q: Tensor, cache: Tensor, window: int | None) -> Callable[..., None] | None:

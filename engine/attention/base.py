@@ -73,6 +73,11 @@ class AttentionBackend(ABC):
     def supports(cls, problem: AttentionProblem) -> str | None:
         """None when it can run `problem`, else the reason why not."""
 
+    @classmethod
+    def explain(cls, problem: AttentionProblem) -> dict[str, str]:
+        """What of `problem` has, or might have, a kernel of its own: which one runs it, and why not another."""
+        return {}
+
     @abstractmethod
     def __init__(self, layers: Sequence[AttentionLayer], layout: KVCacheLayout, *, dtype: torch.dtype,
                  device: torch.device, cache_dtype: torch.dtype | None = None) -> None:

@@ -10,6 +10,7 @@ from ...csrc.select import Choice, check_pin, choose
 from ...models import AttentionLayer
 from ...plugins.errors import UsageError
 from ...plugins.manager import PluginHost
+from ..layer_report import AttentionReport
 from .base import AttentionBackend, AttentionProblem
 
 
@@ -31,7 +32,24 @@ def choose_attention_backend(problems: set[AttentionProblem], pin: str | None,
     check_pin(pin, known, "attention backend")
     candidates = {name: host.resolve("attention_backend", name) for name in ([pin] if pin else known)}
     choice = choose(problems, candidates)
+    if pin is not None:
+        passed_over = {name: f"{pin} is pinned" for name in known if name != pin}
+        choice = Choice(chosen=choice.chosen, refusals={**choice.refusals, **passed_over})
     if choice.chosen is None:
         raise UsageError("no attention backend can run this model",
-                         found="; ".join(f"{name}: {reason}" for name, reason in choice.refusals.items()), known=known)
+                         found="; ".join(f"{name}: {choice.refusals[name]}" for name in candidates), known=known)
     return choice
+
+
+def attention_report(problems: set[AttentionProblem], choice: Choice[type[AttentionBackend]],
+                     layers: int) -> AttentionReport:
+    """What was chosen, for the load report."""
+    assert choice.chosen is not None
+    parts: dict[str, list[str]] = {}
+    for problem in problems:
+        for part, how in choice.chosen.explain(problem).items():
+            parts.setdefault(part, []).append(how)
+    caches = {str(problem.cache_dtype).removeprefix("torch.") for problem in problems}
+    return AttentionReport(backend=choice.chosen.name, layers=layers, cache=", ".join(sorted(caches)),
+                           parts={part: " or ".join(sorted(set(hows))) for part, hows in parts.items()},
+                           refusals=dict(choice.refusals))

@@ -22,6 +22,7 @@ from ...csrc.attention import (
     gather_rows,
     latent_and_cache,
     project_values,
+    prompt_attention_missing,
     rope_and_attend,
     rope_and_cache,
     store_kv,
@@ -31,6 +32,7 @@ from ...models import Attention, AttentionLayer, FusedAttentionRun, MLAAttention
 from ..plan import KVCacheLayout
 from .base import AttentionBackend, AttentionProblem, StepShape
 
+PROMPT_ATTENTION = "prompt_attention"
 WIDEST_HEAD = 256
 WIDEST_LATENT = 512
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -60,6 +62,16 @@ class TritonAttentionBackend(AttentionBackend):
         if problem.sliding_window is not None:
             return "has no sliding window over latents"
         return None if problem.kv_lora_rank <= WIDEST_LATENT else f"latents of {problem.kv_lora_rank} > {WIDEST_LATENT}"
+
+    @classmethod
+    def explain(cls, problem: AttentionProblem) -> dict[str, str]:
+        if problem.kv_lora_rank is not None:
+            return {}
+        reason = prompt_attention_missing(
+            device=problem.device, dtype=problem.dtype, cache_dtype=problem.cache_dtype, head_dim=problem.head_dim,
+            block_size=problem.block_size, group=problem.num_heads // problem.num_kv_heads,
+            window=problem.sliding_window)
+        return {"prompts": PROMPT_ATTENTION if reason is None else f"{cls.name}, as {PROMPT_ATTENTION} {reason}"}
 
     def __init__(self, layers: Sequence[AttentionLayer], layout: KVCacheLayout, *, dtype: torch.dtype,
                  device: torch.device, cache_dtype: torch.dtype | None = None) -> None:

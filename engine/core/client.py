@@ -21,7 +21,7 @@ from ...plugins.errors import EngineDeadError, NybbleError
 from ...plugins.manager import PluginHost
 from ..config import EngineConfig
 from ..expert_stats import ExpertCounts
-from ..layer_report import LayerReport
+from ..layer_report import AttentionReport, LayerReport
 from ..metrics import StepStats
 from ..plan import KVCacheLayout
 from ..request import EngineCoreOutput, EngineCoreRequest
@@ -53,6 +53,7 @@ class EngineCoreClient(ABC):
 
     layout: KVCacheLayout
     layers: tuple[LayerReport, ...]
+    attention: AttentionReport | None
     stats: StepStats
 
     @abstractmethod
@@ -84,7 +85,8 @@ class InprocClient(EngineCoreClient):
         from .engine_core import EngineCore  # the one import here that brings torch; a process client needs none
 
         self.core = EngineCore(config, host)
-        self.layout, self.layers, self.stats = self.core.layout, self.core.layers, StepStats()
+        self.layout, self.layers, self.attention = self.core.layout, self.core.layers, self.core.attention
+        self.stats = StepStats()
         self._dead: str | None = None
         self._held: list[EngineCoreOutput] = []
 
@@ -208,7 +210,7 @@ class ProcClient(EngineCoreClient):
             self._send(Start(config))
             ready = self._receive()
             assert isinstance(ready, Ready)
-            self.layout, self.layers = ready.layout, ready.layers
+            self.layout, self.layers, self.attention = ready.layout, ready.layers, ready.attention
         except BaseException:
             self.handle.process.kill()
             self.shutdown()

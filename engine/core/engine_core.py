@@ -38,7 +38,7 @@ class EngineCore:
         start = time.monotonic()
         executor_class: type[Executor] = host.resolve("executor", config.parallel.executor)
         self.executor = executor_class(config, host)
-        self.layout, self.layers = self.executor.layout, self.executor.layers
+        self.layout, self.layers, self.attention = self.executor.layout, self.executor.layers, self.executor.attention
         self.scheduler = Scheduler(
             scheduler=config.scheduler, cache=config.cache, max_model_len=config.model.max_model_len,
             layout=self.layout, log_steps=env.read_flag("NYBBLE_LOG_SCHEDULER"),

@@ -8,7 +8,7 @@ from ...plugins import errors
 from ...plugins.errors import NybbleError
 from ..config import EngineConfig
 from ..expert_stats import ExpertCounts
-from ..layer_report import LayerReport
+from ..layer_report import AttentionReport, LayerReport
 from ..metrics import StepStats
 from ..plan import KVCacheLayout
 from ..request import EngineCoreOutput, EngineCoreRequest
@@ -50,6 +50,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
 
     layout: KVCacheLayout
     layers: tuple[LayerReport, ...] = ()
+    attention: AttentionReport | None = None
 
 
 class Outputs(msgspec.Struct, frozen=True, tag="outputs"):

@@ -79,7 +79,7 @@ class EngineProcess:
             plugins = start.config.plugins
             host = PluginHost.load(prefer=plugins.prefer, strict=plugins.strict)
             self.core = EngineCore(start.config, host)
-            self.send(Ready(self.core.layout, self.core.layers))
+            self.send(Ready(self.core.layout, self.core.layers, self.core.attention))
             self._serve(self.core)
             self.core.shutdown()
             return 0

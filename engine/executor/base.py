@@ -10,7 +10,7 @@ from ...plugins.log import get_logger
 from ...plugins.manager import PluginHost
 from ..config import EngineConfig
 from ..expert_stats import ExpertCounts
-from ..layer_report import LayerReport
+from ..layer_report import AttentionReport, LayerReport
 from ..loader.base import LoadReport
 from ..plan import KVCacheGroup, KVCacheLayout, Plan, Result
 
@@ -27,6 +27,7 @@ class Executor(ABC):
     layout: KVCacheLayout
     load_report: LoadReport
     layers: tuple[LayerReport, ...]
+    attention: AttentionReport | None = None
 
     @abstractmethod
     def execute_model(self, plan: Plan) -> Result:

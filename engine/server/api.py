@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from ..config import EngineConfig
 from ..expert_stats import ExpertCounts
-from ..layer_report import LayerReport
+from ..layer_report import AttentionReport, LayerReport
 from ..metrics import StepStats
 from ..plan import KVCacheLayout
 from ..request import RequestOutput, SamplingParams
@@ -36,6 +36,7 @@ class Engine(Protocol):
     config: EngineConfig
     layout: KVCacheLayout | None
     layers: tuple[LayerReport, ...]
+    attention: AttentionReport | None
 
     @property
     def tokenizer(self) -> Tokenizer | None: ...

@@ -151,8 +151,8 @@ async def version(api: Api, request: Request) -> Response:
 
 
 async def layers(api: Api, request: Request) -> Response:
-    """The load report: every linear layer, its kernel, and why no other runs it."""
-    return json_response({"layers": api.engine.layers})
+    """The load report: every linear layer, its kernel, how attention is computed, and why not otherwise."""
+    return json_response({"layers": api.engine.layers, "attention": api.engine.attention})
 
 
 async def experts(api: Api, request: Request) -> Response:
@@ -264,7 +264,7 @@ async def run(
             return signals.exit_code
         lifecycle.phase = Phase.READY
         if (form := engine.config.load.report) is not None:
-            print(render(engine.layers, form), flush=True)
+            print(render(engine.layers, engine.attention, form), flush=True)
         sys.stderr.write(banner(engine, url(server, sock)))
         await _watch(engine, signals.stop, serving, app.state.api.metrics)
         if engine.errored:
@@ -322,5 +322,6 @@ def banner(engine: Engine, address: str) -> str:
         f"  {model.architecture} in {model.dtype} on {config.device.device}, "
         f"context of {model.max_model_len} tokens{cache}, at most {scheduler.max_num_seqs} requests at once\n"
         f"  {model.quantization or 'not quantized'}; linear layers: {summary(engine.layers) or 'none'}\n"
+        f"  attention: {engine.attention or 'not said'}\n"
         f'  curl {target}/v1/completions -d \'{{"prompt": "Hello", "max_tokens": 16}}\'\n'
     )

@@ -16,9 +16,10 @@ from ...plugins import env
 from ...plugins.errors import OutOfMemoryError, UsageError
 from ...plugins.log import get_logger
 from ...plugins.manager import PluginHost
-from ..attention.select import attention_problems, choose_attention_backend
+from ..attention.select import attention_problems, attention_report, choose_attention_backend
 from ..config import EngineConfig
 from ..expert_stats import ExpertCounts
+from ..layer_report import AttentionReport
 from ..loader import LoadedModel, get_model
 from ..plan import KVCacheGroup, KVCacheLayout, KVCacheSpec, NewRequest, Plan, Result
 from ..request import SamplingParams
@@ -54,6 +55,7 @@ class GPUWorker:
         self.loaded: LoadedModel | None = None
         self.runner: GPUModelRunner | None = None
         self.layout: KVCacheLayout | None = None
+        self.attention: AttentionReport | None = None
 
     @property
     def _attention_layers(self) -> list[AttentionLayer]:
@@ -177,7 +179,8 @@ class GPUWorker:
         config, layers = self.config, self._attention_layers
         problems = attention_problems(layers, dtype=self.dtype, device=self.device, block_size=layout.block_size,
                                       cache_dtype=self.cache_dtype)
-        backend = choose_attention_backend(problems, config.device.attention_backend, self.host).chosen
+        choice = choose_attention_backend(problems, config.device.attention_backend, self.host)
+        backend, self.attention = choice.chosen, attention_report(problems, choice, len(layers))
         assert backend is not None
         processors = [
             self.host.resolve("logits_processor", name)(config.model.vocab_size, self.device)

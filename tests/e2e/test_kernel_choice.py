@@ -196,6 +196,9 @@ def test_generate_and_a_server_give_the_same_account(folder, loaded, capsys):
             known = layers[layer["layer"]]
             assert layer == {"layer": known.layer, "scheme": known.scheme, "kernel": known.kernel,
                              "shape": list(known.shape), "bytes": known.bytes, "refusals": known.refusals}
+        attention = printed["attention"]
+        assert attention["backend"] in ("cpu", "torch") and attention["layers"] > 0
+        assert attention["refusals"]["triton"] == "runs on CUDA, not on cpu"
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as http:
             deadline = time.monotonic() + 60
             while time.monotonic() < deadline:

@@ -7,7 +7,7 @@ import json
 import msgspec
 import pytest
 
-from nybble.engine.layer_report import LayerReport, render, summary
+from nybble.engine.layer_report import AttentionReport, LayerReport, render, summary
 
 WHY = {"cpu_int4": "runs on CPU, not on cuda", "triton": "tiles goes first (priority 9 over 1)"}
 
@@ -33,7 +33,7 @@ def rows(table: str) -> dict[str, list[str]]:
 
 
 def test_layers_of_one_kind_are_one_row():
-    table = render([*decoder(0), *decoder(1), HEAD, *decoder(2)], "table")
+    table = render([*decoder(0), *decoder(1), HEAD, *decoder(2)], None, "table")
     found = rows(table)
     assert list(found) == ["layers", "lm_head", "model.layers.*.mlp.down_proj", "model.layers.*.mlp.gate_proj+up_proj",
                            "total"]
@@ -44,7 +44,7 @@ def test_layers_of_one_kind_are_one_row():
 
 
 def test_each_set_of_reasons_is_told_once():
-    table = render([*decoder(0), *decoder(1), HEAD], "table")
+    table = render([*decoder(0), *decoder(1), HEAD], None, "table")
     assert table.endswith("""
 
 why tiles runs int4 g128 (model.layers.*.mlp.down_proj, model.layers.*.mlp.gate_proj+up_proj):
@@ -60,7 +60,7 @@ why tiles runs int4 g128 (model.layers.*.mlp.down_proj, model.layers.*.mlp.gate_
 def test_a_layer_that_differs_has_a_row_of_its_own(change):
     """Also where one layer of many fell back to a slower kernel: the row that matters must not hide."""
     name = "model.layers.{}.mlp.down_proj".format
-    table = render([layer(name(0)), layer(name(1)), layer(name(2), **change)], "table")
+    table = render([layer(name(0)), layer(name(1)), layer(name(2), **change)], None, "table")
     lines = table.split("\n\n")[0].splitlines()[1:-1]
     assert sorted("x2" in line.split() for line in lines) == [False, True], table
     if "shape" not in change:
@@ -68,14 +68,14 @@ def test_a_layer_that_differs_has_a_row_of_its_own(change):
 
 
 def test_no_layers():
-    assert rows(render([], "table"))["total"] == ["total", "0.00"]
-    assert json.loads(render([], "json")) == {"layers": []}
+    assert rows(render([], None, "table"))["total"] == ["total", "0.00"]
+    assert json.loads(render([], None, "json")) == {"layers": [], "attention": None}
 
 
 def test_json_holds_every_layer():
     layers = [*decoder(0), *decoder(1), HEAD]
-    text = render(layers, "json")
-    assert msgspec.json.decode(text, type=dict[str, list[LayerReport]]) == {"layers": layers}
+    text = render(layers, None, "json")
+    assert msgspec.convert(json.loads(text)["layers"], list[LayerReport]) == layers
     assert json.loads(text)["layers"][4] == {"layer": "lm_head", "scheme": "bfloat16", "kernel": "torch",
                                              "shape": [32000, 64], "bytes": 4_250_000, "refusals": {}}
     assert len(text.splitlines()) > 40, "indented, to be read"
@@ -85,3 +85,18 @@ def test_a_summary_counts_layers_by_format_and_kernel():
     told = summary([*decoder(0), HEAD, *decoder(1)])
     assert told == "4 int4 g128 by tiles (7.0 MB), 1 bfloat16 by torch (4.2 MB)"
     assert summary([]) == ""
+
+
+ATTENTION = AttentionReport(
+    backend="triton", layers=32, cache="bfloat16", parts={"prompts": "triton, as prompt_attention has no window"},
+    refusals={"flash": "FlashInfer is not installed", "torch": "triton goes first (priority 10 over 0)"})
+
+
+def test_attention_has_a_block_of_its_own():
+    table = render([HEAD], ATTENTION, "table")
+    assert table.endswith("""
+
+attention of 32 layers by triton, cache in bfloat16; prompts: triton, as prompt_attention has no window
+  flash: FlashInfer is not installed
+  torch: triton goes first (priority 10 over 0)""")
+    assert msgspec.convert(json.loads(render([HEAD], ATTENTION, "json"))["attention"], AttentionReport) == ATTENTION

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from nybble import hookimpl
-from nybble.engine.attention.select import attention_problems, choose_attention_backend
+from nybble.engine.attention.base import AttentionProblem
+from nybble.engine.attention.select import attention_problems, attention_report, choose_attention_backend
 from nybble.engine.attention.torch_paged import TorchPagedBackend
+from nybble.engine.attention.triton_paged import TritonAttentionBackend
 from nybble.models import Attention, MLAAttention
 from nybble.plugins.errors import UsageError
 from nybble.plugins.manager import PluginHost
@@ -53,7 +55,7 @@ def problems(head_dim, layers=2):
                           "eager": "narrow goes first (priority 9 over 5)"}),
     (128, None, "eager", {"torch": "eager goes first (priority 5 over 0)", "narrow": "head_dim 128 > 64"}),
     (128, None, "eager", {"triton": "runs on CUDA, not on cpu"}),
-    (128, "torch", "torch", {}),
+    (128, "torch", "torch", {"triton": "torch is pinned", "narrow": "torch is pinned"}),
 ])
 def test_choice_and_reasons(host, head_dim, pin, chosen, refusals):
     choice = choose_attention_backend(problems(head_dim), pin, host)
@@ -89,3 +91,28 @@ def test_a_backend_may_refuse_latents(host):
     with pytest.raises(UsageError, match="eager: latent attention over 32"):
         choose_attention_backend(attention_problems([layer], block_size=16, **cpu), "eager", host)
     assert choose_attention_backend(problems(8), "eager", host).chosen is PlainOnly
+
+
+def test_the_report_says_what_runs_which_part(host):
+    class Parted(Eager):
+        @classmethod
+        def explain(cls, problem):
+            return {"prompts": f"a kernel for heads of {problem.head_dim}"}
+
+    host.resolve = lambda kind, name, resolve=host.resolve: Parted if name == "eager" else resolve(kind, name)
+    both = problems(128) | problems(80)
+    choice = choose_attention_backend(both, None, host)
+    report = attention_report(both, choice, layers=4)
+    assert str(report) == ("eager, cache in float32; prompts: a kernel for heads of 128 or a kernel for heads of 80")
+    assert report.layers == 4 and report.refusals == dict(choice.refusals)
+
+
+@pytest.mark.parametrize("change, told", [
+    (dict(sliding_window=64), "triton, as prompt_attention has no window"),
+    (dict(cache_dtype=torch.float8_e4m3fn), "float8_e4m3fn"), (dict(head_dim=96), "built for heads of 64 or 128"),
+])
+def test_triton_says_why_prompts_have_no_kernel_of_their_own(change, told):
+    problem = dict(device=torch.device("cuda"), dtype=torch.bfloat16, cache_dtype=torch.bfloat16, head_dim=128,
+                   num_heads=8, num_kv_heads=2, kv_lora_rank=None, sliding_window=None, block_size=16)
+    assert told in TritonAttentionBackend.explain(AttentionProblem(**problem | change))["prompts"]
+    assert TritonAttentionBackend.explain(AttentionProblem(**problem | {"kv_lora_rank": 512})) == {}

@@ -86,6 +86,7 @@ class FakeEngine:
     num_unfinished: int = 0
     layout: Any = None
     layers: Any = ()
+    attention: Any = None
     tokenizer: FakeTokenizer | None = field(default_factory=FakeTokenizer)
     seen: list[dict[str, Any]] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)

@@ -122,6 +122,7 @@ def test_sigterm_lets_requests_finish_and_turns_others_away(start):
     assert text(events) == "abcdefgh" and events[-1] == "[DONE]"
     banner = process.popen.stderr.read()
     assert "serves fake" in banner and "toy model" in banner and "not quantized; linear layers: " in banner
+    assert "attention: not said" in banner  # by a fake engine
     assert f"curl {process.url}/v1/completions" in banner
 
 
