@@ -9,9 +9,12 @@ import torch
 from ...csrc.select import Choice, check_pin, choose
 from ...models import AttentionLayer
 from ...plugins.errors import UsageError
+from ...plugins.log import get_logger
 from ...plugins.manager import PluginHost
 from ..layer_report import AttentionReport
 from .base import AttentionBackend, AttentionProblem
+
+log = get_logger(__name__)
 
 
 def attention_problems(layers: Sequence[AttentionLayer], *, dtype: torch.dtype, device: torch.device,
@@ -43,12 +46,16 @@ def choose_attention_backend(problems: set[AttentionProblem], pin: str | None,
 
 def attention_report(problems: set[AttentionProblem], choice: Choice[type[AttentionBackend]],
                      layers: int) -> AttentionReport:
-    """What was chosen, for the load report."""
+    """What was chosen, for the load report; a backend that fails to explain itself is used all the same."""
     assert choice.chosen is not None
     parts: dict[str, list[str]] = {}
-    for problem in problems:
-        for part, how in choice.chosen.explain(problem).items():
-            parts.setdefault(part, []).append(how)
+    try:
+        for problem in problems:
+            for part, how in choice.chosen.explain(problem).items():
+                parts.setdefault(part, []).append(how)
+    except Exception as error:
+        log.warning("attention backend %s does not explain itself: %s: %s", choice.chosen.name, type(error).__name__,
+                    error)
     caches = {str(problem.cache_dtype).removeprefix("torch.") for problem in problems}
     return AttentionReport(backend=choice.chosen.name, layers=layers, cache=", ".join(sorted(caches)),
                            parts={part: " or ".join(sorted(set(hows))) for part, hows in parts.items()},

@@ -107,6 +107,18 @@ def test_the_report_says_what_runs_which_part(host):
     assert report.layers == 4 and report.refusals == dict(choice.refusals)
 
 
+def test_a_backend_that_fails_to_explain_itself_is_used_all_the_same(host, caplog):
+    class Mute(Eager):
+        @classmethod
+        def explain(cls, problem):
+            raise ValueError("no words")
+
+    host.resolve = lambda kind, name, resolve=host.resolve: Mute if name == "eager" else resolve(kind, name)
+    choice = choose_attention_backend(problems(128), None, host)
+    assert str(attention_report(problems(128), choice, layers=2)) == "eager, cache in float32"
+    assert "eager does not explain itself: ValueError: no words" in caplog.text
+
+
 @pytest.mark.parametrize("change, told", [
     (dict(sliding_window=64), "triton, as prompt_attention has no window"),
     (dict(cache_dtype=torch.float8_e4m3fn), "float8_e4m3fn"), (dict(head_dim=96), "built for heads of 64 or 128"),
