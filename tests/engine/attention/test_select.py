@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from nybble import hookimpl
+from nybble.csrc.attention import prompt_attention_missing
+from nybble.engine.attention import triton_paged
 from nybble.engine.attention.base import AttentionProblem
 from nybble.engine.attention.select import attention_problems, attention_report, choose_attention_backend
 from nybble.engine.attention.torch_paged import TorchPagedBackend
@@ -117,6 +119,20 @@ def test_a_backend_that_fails_to_explain_itself_is_used_all_the_same(host, caplo
     choice = choose_attention_backend(problems(128), None, host)
     assert str(attention_report(problems(128), choice, layers=2)) == "eager, cache in float32"
     assert "eager does not explain itself: ValueError: no words" in caplog.text
+
+
+def test_triton_says_what_runs_prompts(monkeypatch):
+    """As on a Hopper device with the library at hand."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("nybble.csrc.attention.prompt.op_missing", lambda op, device: None)
+    monkeypatch.setattr(triton_paged, "prompt_attention_missing", prompt_attention_missing.__wrapped__)  # not kept
+    layers = [Attention(i, num_heads=6, num_kv_heads=2, head_dim=64) for i in range(2)]
+    asked = attention_problems(layers, dtype=torch.float16, device=torch.device("cuda", 0), block_size=128)
+    [problem] = asked
+    assert TritonAttentionBackend.explain(problem) == {"prompts": "prompt_attention"}
+    monkeypatch.setattr(TritonAttentionBackend, "supports", lambda problem: None)
+    choice = choose_attention_backend(asked, "triton", PluginHost.load(allow=""))
+    assert str(attention_report(asked, choice, 2)) == "triton, cache in float16; prompts: prompt_attention"
 
 
 @pytest.mark.parametrize("change, told", [
