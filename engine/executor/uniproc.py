@@ -23,7 +23,7 @@ class UniProcExecutor(Executor):
         self.worker.compile_kernels()
         self.layout = plan_layout(config, self.worker.kv_cache_groups(), self.worker.available_kv_bytes())
         self.worker.initialize_cache(self.layout)
-        self.attention = self.worker.attention
+        self.attention = self.worker.attention_report()
         self.worker.warm_up()
 
     def execute_model(self, plan: Plan) -> Result:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import cached_property
 
 import psutil
 import torch
 
 from ...csrc.compile_ahead import compiled_ahead
+from ...csrc.select import Choice
 from ...models import AttentionLayer
 from ...moe import Experts
 from ...plugins import env
 from ...plugins.errors import OutOfMemoryError, UsageError
 from ...plugins.log import get_logger
 from ...plugins.manager import PluginHost
+from ..attention.base import AttentionBackend, AttentionProblem
 from ..attention.select import attention_problems, attention_report, choose_attention_backend
 from ..config import EngineConfig
 from ..expert_stats import ExpertCounts
@@ -55,7 +58,6 @@ class GPUWorker:
         self.loaded: LoadedModel | None = None
         self.runner: GPUModelRunner | None = None
         self.layout: KVCacheLayout | None = None
-        self.attention: AttentionReport | None = None
 
     @property
     def _attention_layers(self) -> list[AttentionLayer]:
@@ -174,13 +176,21 @@ class GPUWorker:
         self.layout = layout
         self._build_runner(layout)
 
+    @cached_property
+    def _attention(self) -> tuple[set[AttentionProblem], Choice[type[AttentionBackend]]]:
+        """What the layers of attention ask for, and the backend that was chosen for them."""
+        problems = attention_problems(self._attention_layers, dtype=self.dtype, device=self.device,
+                                      block_size=self.config.cache.block_size, cache_dtype=self.cache_dtype)
+        return problems, choose_attention_backend(problems, self.config.device.attention_backend, self.host)
+
+    def attention_report(self) -> AttentionReport:
+        """For the load report; a model is loaded."""
+        return attention_report(*self._attention, layers=len(self._attention_layers))
+
     def _build_runner(self, layout: KVCacheLayout) -> None:
         assert self.loaded is not None, "load_model comes first"
         config, layers = self.config, self._attention_layers
-        problems = attention_problems(layers, dtype=self.dtype, device=self.device, block_size=layout.block_size,
-                                      cache_dtype=self.cache_dtype)
-        choice = choose_attention_backend(problems, config.device.attention_backend, self.host)
-        backend, self.attention = choice.chosen, attention_report(problems, choice, len(layers))
+        backend = self._attention[1].chosen
         assert backend is not None
         processors = [
             self.host.resolve("logits_processor", name)(config.model.vocab_size, self.device)

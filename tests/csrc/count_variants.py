@@ -16,7 +16,7 @@ from triton.runtime import driver
 
 from nybble.csrc.attention import paged
 from nybble.csrc.attention.cache import rope_and_cache
-from nybble.csrc.attention.paged import Ragged, attend_latent, attend_paged, rope_and_attend
+from nybble.csrc.attention.paged import Ragged, attend_latent, attend_paged, attend_plain, rope_and_attend
 from nybble.csrc.matrix import QuantizedMatrix
 from nybble.csrc.moe_gemm import CodedStack
 from nybble.csrc.moe_gemm.grouped import sort_slots
@@ -41,6 +41,7 @@ TOKEN = Activation(dtype="fp8_e4m3", scale="token")
 WIDE = 57344
 SHAPES = ((1536, 1024), (1024, 1024), (1024, 3584), (WIDE, 1024))
 HEADS, GROUPS, LATENT_HEADS, WIDTH, PAGE, EXPERTS, TOP_K = 32, (4, 8), 16, 128, 16, 8, 2
+NOPE, ROPE, VALUE = 128, 64, 128  # of latent attention: keys and values that are made of latents
 # The most queries of a request that are taken to the latents: beyond, keys are made of those.
 ABSORBED = 170
 # Blocks of a request, by which keys are split: of 8192 tokens.
@@ -87,8 +88,11 @@ class Steps:
         self.caches = [torch.zeros(2, 4, PAGE, HEADS // group, WIDTH, dtype=BF16) for group in GROUPS]
         self.latents = torch.zeros(1, 4, PAGE, 1, 512 + 64, dtype=BF16)
 
-    def run(self, lens: list[int], *, latent: bool) -> None:
-        """Requests with `lens` tokens each; latents attend to themselves, as they do where most keys are cached."""
+    def run(self, lens: list[int], *, latent: bool, apart: bool) -> None:
+        """Requests with `lens` tokens each; latents attend to themselves, as they do where most keys are cached.
+
+        With `apart`, those whose keys are made of latents are part of a step: their queries are copied out of it.
+        """
         tokens, count = sum(lens), len(lens)
         for linear in self.linears:
             if linear.rows == WIDE and tokens >= MANY_TOKENS:
@@ -106,6 +110,13 @@ class Steps:
         if latent:
             attend_latent(torch.zeros(tokens, LATENT_HEADS, 512, dtype=BF16),
                           torch.zeros(tokens, LATENT_HEADS, 64, dtype=BF16), self.latents, batch, scale=1.0)
+        if batch.max_query_len > 1:
+            q = torch.zeros(tokens, LATENT_HEADS, NOPE + ROPE, dtype=BF16)[..., :NOPE]
+            k, v = torch.zeros(tokens, LATENT_HEADS, NOPE + VALUE, dtype=BF16).split((NOPE, VALUE), -1)
+            for queries in (q, q.clone(memory_format=torch.contiguous_format))[: 1 + apart]:
+                attend_plain(queries, torch.zeros(tokens, LATENT_HEADS, ROPE, dtype=BF16), k,
+                             torch.zeros(tokens, 1, 512 + ROPE, dtype=BF16)[..., 512:], v, batch,
+                             torch.zeros(count, dtype=torch.int32), scale=1.0)
         x = torch.zeros(tokens, 1024, dtype=BF16)
         fused_rms_norm(x, x[0], 1e-5, residual=x, rounding=Rounding(activation=TOKEN))
         fused_silu_mul(x, Rounding(activation=TOKEN))
@@ -118,7 +129,7 @@ class Steps:
         take_pending(torch.zeros(tokens, dtype=torch.int64), torch.zeros(8, dtype=torch.int64))
 
 
-def variants(steps: Steps, runs: Iterable[tuple[list[int], bool]]) -> dict[str, set[str]]:
+def variants(steps: Steps, runs: Iterable[tuple[list[int], bool]], *, apart: bool = False) -> dict[str, set[str]]:
     """What Triton would compile for some requests, (tokens of each, whether latents attend), by kernel."""
     seen = defaultdict[str, set[str]](set)
 
@@ -129,7 +140,7 @@ def variants(steps: Steps, runs: Iterable[tuple[list[int], bool]]) -> dict[str, 
 
     knobs.runtime.jit_cache_hook = note
     for lens, latent in runs:
-        steps.run(lens, latent=latent)
+        steps.run(lens, latent=latent, apart=apart)
     return seen
 
 
@@ -150,7 +161,7 @@ def main() -> None:
     steps = Steps()
     for seqs in SEQS:
         warm = variants(steps, warm_runs(seqs))
-        late = variants(steps, ((lens, max(lens) <= ABSORBED) for lens in LATE if len(lens) <= seqs))
+        late = variants(steps, ((lens, max(lens) <= ABSORBED) for lens in LATE if len(lens) <= seqs), apart=True)
         for name in sorted(late):
             if more := late[name] - warm.get(name, set()):
                 print(f"{name}, {seqs} requests at most: {len(warm.get(name, ()))} variants in warm-up, {len(more)} "

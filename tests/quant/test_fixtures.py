@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from nybble import LLM, SamplingParams
 from nybble.csrc.norm_rope import rms_norm, silu_mul
+from nybble.models.layers import Embedding
 
 NAMES = [
     "dsv2-awq", "dsv2-bf16", "dsv2-ct-fp8-dynamic", "dsv2-fp8-block-partial", "dsv2-fp8-static", "dsv2-gptq-int4",
@@ -28,6 +30,9 @@ NAMES = [
 ]
 WITH_EXPERTS = ("mixtral", "qwen2moe", "dsv2")
 PROMPTS = range(3)
+# Of embeddings, relative: what float32's rounding of a layer's sums comes to where they cancel. And how often they are
+# moved by it, so that a value on an edge falls both ways.
+NOISE, DRAWS = 2e-6, 16
 # llm-compressor rounds the inputs of an expert, which are two-dimensional, by one scale for all its tokens, where the
 # format says one for each token: its result depends on the batch, and ours is nearer to it than unrounded inputs are.
 ONE_SCALE = ("mixtral-ct-fp8-dynamic", "qwen2moe-ct-fp8-dynamic", "dsv2-ct-fp8-dynamic", "dsv2lite-ct-fp8-dynamic")
@@ -68,15 +73,32 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a - b).norm(dim=-1) / b.norm(dim=-1)
 
 
+def steady(run, found: torch.Tensor, limit: torch.Tensor, monkeypatch) -> torch.Tensor:
+    """Positions whose logits stay within `limit` of `found` when embeddings are off by NOISE."""
+    embed, stays = Embedding.forward, torch.ones(len(found), dtype=torch.bool)
+    for seed in range(DRAWS):
+        rng = torch.Generator().manual_seed(seed)
+
+        def moved(self, ids, rng=rng):
+            values = embed(self, ids)
+            return values * (1 + NOISE * torch.randn(values.shape, generator=rng))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Embedding, "forward", moved)
+            stays &= distance(run(), found) < limit
+    return stays
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.usefixtures("torchs_operations")
-def test_logits(name, checkpoint, forward_logits):
+def test_logits(name, checkpoint, forward_logits, monkeypatch):
     """Float arithmetic on stored weights is exact to rounding; with quantized activations the tool's own noise is
-    reproduced: a hundred times nearer to its result than that is to the result with float activations. A value on the
-    edge between two codes may fall the other way, where products round otherwise than on the tool's processor, and
-    then others at all positions after it: of longer prompts one position must be as near, and half within the noise."""
+    reproduced: a hundred times nearer to its result than that is to the result with float activations. (At a single
+    position a value on the edge between two codes may fall the other way, and then others at all positions after it. If
+    that is most of them, since products round otherwise than on the tool's processor, those are judged that stay where
+    they are when the embeddings are off by about as much; one prompt may have none.)"""
     folder = checkpoint(name)
-    oracle = load_file(folder / "oracle" / "oracle.safetensors")
+    oracle, undecided = load_file(folder / "oracle" / "oracle.safetensors"), 0
     for i in PROMPTS:
         ids = oracle[f"input_ids_{i}"].flatten().long()
         expected = oracle[f"logits_{i}"].view(len(ids), -1)
@@ -84,11 +106,15 @@ def test_logits(name, checkpoint, forward_logits):
         if f"wonly_logits_{i}" in oracle:
             noise = distance(oracle[f"wonly_logits_{i}"].view(len(ids), -1), expected)
             sure = oracle.get(f"router_gap_{i}", torch.ones(len(ids))).flatten()[: len(ids)] > 1e-3
-            near, middle = distance(found, expected)[sure], noise[sure].median()
-            limit = middle / (1 if name in ONE_SCALE else 100)
-            assert near.median() < (limit if i == PROMPTS[0] else middle) and near.min() < limit
+            limit = noise[sure].median() / (1 if name in ONE_SCALE else 100)
+            near = distance(found, expected)
+            if near[sure].median() >= limit:
+                sure &= steady(partial(forward_logits, folder, ids, (len(ids) // 2,)), found, limit, monkeypatch)
+                undecided += not sure.any()
+            assert not sure.any() or near[sure].median() < limit
         else:
             assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert undecided <= 1
 
 
 @pytest.mark.parametrize("name", NAMES)
